@@ -1,0 +1,157 @@
+package mm
+
+import (
+	"fmt"
+	"iter"
+	"os"
+	"slices"
+	"sort"
+	"time"
+
+	"github.com/secondmmu/gvm/addr"
+)
+
+// Change is one operation on mappings that was carried out.
+type Change struct {
+	Op    Op            `json:"op"`
+	Range addr.HVARange `json:"range"`
+	To    addr.HVA      `json:"to,omitempty"` // for a remap: where Range.Start went
+	Seq   uint64        `json:"seq"`          // position among all changes of the memory, from 1
+	Time  time.Time     `json:"time"`
+}
+
+func (c Change) String() string {
+	if c.Op == OpRemap {
+		return fmt.Sprintf("change %d, %s of %v to %v", c.Seq, c.Op, c.Range, c.To)
+	}
+	return fmt.Sprintf("change %d, %s of %v", c.Seq, c.Op, c.Range)
+}
+
+// Extent is a run of addresses of one kind.
+type Extent struct {
+	Range  addr.HVARange
+	Mapped bool        // false: a reservation without memory
+	Access addr.Access // NoAccess where nothing is mapped
+	Why    *Change     // what took permissions away; nil where all are there, or none ever were
+
+	file   *os.File // what is mapped at Range.Start, or nil for anonymous memory
+	offset int64    // and at which offset, in bytes; 0 for anonymous memory
+}
+
+func (x Extent) String() string {
+	s := fmt.Sprintf("%v %v", x.Range, x.Access)
+	if !x.Mapped {
+		s = fmt.Sprintf("%v not mapped", x.Range)
+	}
+	if x.Why != nil {
+		s += fmt.Sprintf(" since %v", *x.Why)
+	}
+	return s
+}
+
+// cut returns the part of x that lies in r.
+func (x Extent) cut(r addr.HVARange) Extent {
+	was := x.Range.Start
+	x.Range = x.Range.Intersect(r)
+	if x.file != nil {
+		x.offset += int64(x.Range.Start - was)
+	}
+	return x
+}
+
+// continues reports whether y goes on where x ends, as one extent.
+func (x Extent) continues(y Extent) bool {
+	return x.Range.End == y.Range.Start && x.Mapped == y.Mapped && x.Access == y.Access && x.Why == y.Why &&
+		x.file == y.file && (x.file == nil || x.offset+int64(x.Range.Bytes()) == y.offset)
+}
+
+// extents is a set of extents that do not overlap, in the order of their
+// addresses, with no two that could be one.
+type extents []Extent
+
+// find returns the index of the first extent that ends above hva.
+func (s extents) find(hva addr.HVA) int {
+	return sort.Search(len(s), func(i int) bool { return s[i].Range.End > hva })
+}
+
+// in yields the parts of the extents that lie in r.
+func (s extents) in(r addr.HVARange) iter.Seq[Extent] {
+	return func(yield func(Extent) bool) {
+		for _, x := range s[s.find(r.Start):] {
+			if x.Range.Start >= r.End || !yield(x.cut(r)) {
+				return
+			}
+		}
+	}
+}
+
+// set makes x what its range is.
+func (s *extents) set(x Extent) {
+	old := *s
+	i, j := old.find(x.Range.Start), old.find(x.Range.End-1)
+	if j < len(old) && old[j].Range.Start < x.Range.End {
+		j++
+	}
+	// old[i:j] are the extents that overlap x.
+	repl := make([]Extent, 0, 3)
+	if i < j {
+		if head := old[i].cut(addr.HVARange{Start: old[i].Range.Start, End: x.Range.Start}); !head.Range.Empty() {
+			repl = append(repl, head)
+		}
+	}
+	repl = append(repl, x)
+	if i < j {
+		if tail := old[j-1].cut(addr.HVARange{Start: x.Range.End, End: old[j-1].Range.End}); !tail.Range.Empty() {
+			repl = append(repl, tail)
+		}
+	}
+	// Take the neighbours in, so that what can be one becomes one.
+	if i > 0 {
+		i--
+		repl = slices.Insert(repl, 0, old[i])
+	}
+	if j < len(old) {
+		repl = append(repl, old[j])
+		j++
+	}
+	merged := repl[:1]
+	for _, y := range repl[1:] {
+		if last := &merged[len(merged)-1]; last.continues(y) {
+			last.Range.End = y.Range.End
+		} else {
+			merged = append(merged, y)
+		}
+	}
+	*s = slices.Replace(old, i, j, merged...)
+}
+
+// historyLen is how many changes are remembered for LastChange.
+const historyLen = 256
+
+// history is the newest changes.
+type history struct {
+	ring []Change // change seq is at (seq-1) % historyLen
+	n    uint64   // changes so far
+}
+
+func (h *history) add(c Change) *Change {
+	h.n++
+	c.Seq = h.n
+	if len(h.ring) < historyLen {
+		h.ring = append(h.ring, c)
+	} else {
+		h.ring[(h.n-1)%historyLen] = c
+	}
+	return &c
+}
+
+// last returns the newest change that is remembered and touched r.
+func (h *history) last(r addr.HVARange) (Change, bool) {
+	for seq := h.n; seq > 0 && seq+historyLen > h.n; seq-- {
+		c := h.ring[(seq-1)%historyLen]
+		if c.Range.Overlaps(r) || c.Op == OpRemap && addr.HVAs(c.To, c.Range.Bytes()).Overlaps(r) {
+			return c, true
+		}
+	}
+	return Change{}, false
+}

@@ -1,0 +1,239 @@
+// Package mm maps the host memory that backs a guest, and changes its mappings
+// in the one way that keeps every other view of them coherent: bracketed by the
+// notifications of an address space.
+//
+// A [Memory] is made of regions. A [Region] is a range of host addresses that is
+// reserved for the guest until the memory is closed: an operation that takes
+// pages away puts an inaccessible reservation in their place, in the same
+// system call. The range of a live KVM slot must never be left unmapped, because
+// the next allocation of the process may land in the hole, and the guest would
+// then read and write that.
+//
+// Of every byte of a region an [Extent] says whether it is mapped, with which
+// permissions, and which operation made it so.
+//
+// # Lock order
+//
+//	the address space's mapping lock   for writing: Unmap, Map, Protect, ...
+//	                                   for reading: ReadAt, WriteAt, Load64, Extents
+//	    whatever subscribers take
+//
+// The extents are protected by the mapping lock; Memory has no lock of its own.
+// The methods that take it cannot be called from a subscriber; Walk, which does
+// not, is there for it.
+package mm
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/notifier"
+	"github.com/secondmmu/gvm/trace"
+)
+
+// Backing says what kind of memory a region is mapped from.
+type Backing uint8
+
+const (
+	Anonymous Backing = iota // private and anonymous: a discarded page reads zero
+	Memfd                    // a shared mapping of a memory file: a discarded page comes back as it was, a punched one reads zero
+)
+
+func (b Backing) String() string {
+	switch b {
+	case Anonymous:
+		return "anonymous"
+	case Memfd:
+		return "memfd"
+	}
+	return fmt.Sprintf("backing(%d)", uint8(b))
+}
+
+// ErrPinned is returned for an operation on a pinned region.
+var ErrPinned = errors.New("the region is pinned: its mappings do not change")
+
+// RegionConfig describes a region.
+type RegionConfig struct {
+	Name    string // for messages, and the name of the memory file
+	Size    uint64 // bytes; a positive multiple of the page size
+	Backing Backing
+
+	// Pinned makes operations refuse the region. It is for memory whose change
+	// under a guest cannot be made coherent: guest page tables, on hosts that
+	// shadow them.
+	Pinned bool
+
+	// Reserved leaves the region unmapped at first: addresses to Map or to
+	// Remap into.
+	Reserved bool
+}
+
+// Region is a range of host addresses that belongs to a guest.
+type Region struct {
+	RegionConfig
+	Range addr.HVARange // Range.Start is aligned to addr.HugeSize
+
+	file     *os.File      // the memory file, or nil
+	reserved addr.HVARange // what was taken from the process's address space: Range and padding behind it
+}
+
+func (r *Region) String() string { return fmt.Sprintf("region %q %v", r.Name, r.Range) }
+
+// Memory is the host memory of one guest. Its methods may be called from any
+// goroutine.
+type Memory struct {
+	as  *notifier.AddressSpace
+	log *trace.Log
+
+	// What follows is protected by the mapping lock of as.
+	closed  bool
+	regions []*Region
+	extents extents
+	history history
+}
+
+// New returns a memory without regions, whose changes are told to the
+// subscribers of as and recorded in log, which may be nil.
+func New(as *notifier.AddressSpace, log *trace.Log) *Memory {
+	return &Memory{as: as, log: log}
+}
+
+// AddressSpace returns the address space whose subscribers are told of changes.
+func (m *Memory) AddressSpace() *notifier.AddressSpace { return m.as }
+
+// NewRegion reserves addresses for a region and maps it, unless c says to
+// reserve them only. Memory is not allocated before it is touched.
+func (m *Memory) NewRegion(c RegionConfig) (*Region, error) {
+	fail := func(err error) (*Region, error) {
+		return nil, fmt.Errorf("make region %q of %d bytes, %v: %w", c.Name, c.Size, c.Backing, err)
+	}
+	if c.Size == 0 || c.Size%addr.PageSize != 0 {
+		return fail(fmt.Errorf("the size is not a positive multiple of %d: %w", addr.PageSize, unix.EINVAL))
+	}
+	padded := (c.Size + addr.HugeSize - 1) &^ (addr.HugeSize - 1)
+	if padded < c.Size || padded+addr.HugeSize < padded {
+		return fail(unix.ENOMEM)
+	}
+	m.as.Lock()
+	defer m.as.Unlock()
+	if m.closed {
+		return fail(os.ErrClosed)
+	}
+	r := &Region{RegionConfig: c}
+	var err error
+	if r.reserved, err = reserve(padded); err != nil {
+		return fail(err)
+	}
+	r.Range = addr.HVAs(r.reserved.Start, c.Size)
+	if c.Backing == Memfd {
+		if r.file, err = memoryFile("gvm-"+c.Name, c.Size); err != nil {
+			return fail(errors.Join(err, munmap(r.reserved)))
+		}
+	}
+	x := Extent{Range: r.Range}
+	if !c.Reserved {
+		x = r.mapped(r.Range)
+		if err := mapFixed(x); err != nil {
+			return fail(errors.Join(err, r.free()))
+		}
+	}
+	m.regions = append(m.regions, r)
+	m.extents.set(x)
+	return r, nil
+}
+
+// mapped is what the part s of the region is when it is mapped as at first.
+func (r *Region) mapped(s addr.HVARange) Extent {
+	x := Extent{Range: s, Mapped: true, Access: addr.ReadWrite, file: r.file}
+	if r.file != nil {
+		x.offset = int64(s.Start - r.Range.Start)
+	}
+	return x
+}
+
+// free gives the region's addresses and its file back.
+func (r *Region) free() error {
+	err := munmap(r.reserved)
+	if r.file != nil {
+		err = errors.Join(err, r.file.Close())
+	}
+	return err
+}
+
+// Close releases the subscribers of the address space and gives all addresses
+// and files back. Nothing may use the memory any more: the slots that refer to
+// it must be gone. A second Close returns os.ErrClosed.
+func (m *Memory) Close() error {
+	m.as.Exit()
+	m.as.Lock()
+	defer m.as.Unlock()
+	if m.closed {
+		return fmt.Errorf("close guest memory: %w", os.ErrClosed)
+	}
+	m.closed = true
+	var errs []error
+	for _, r := range m.regions {
+		errs = append(errs, r.free())
+	}
+	m.regions, m.extents = nil, nil
+	return errors.Join(errs...)
+}
+
+// region returns the region that all of r lies in, or nil.
+func (m *Memory) region(r addr.HVARange) *Region {
+	for _, region := range m.regions {
+		if region.Range.Contains(r) {
+			return region
+		}
+	}
+	return nil
+}
+
+// Extents returns a copy of the extents that overlap r, cut to it, in the order
+// of their addresses.
+func (m *Memory) Extents(r addr.HVARange) []Extent {
+	m.as.RLock()
+	defer m.as.RUnlock()
+	return slices.Collect(m.extents.in(r))
+}
+
+// Walk calls fn for every run of addresses in r that have the same permissions,
+// in the order of their addresses. Where nothing is mapped, or nothing is known
+// of the addresses, there are none. The caller holds the mapping lock, as a
+// subscriber does in its methods.
+func (m *Memory) Walk(r addr.HVARange, fn func(r addr.HVARange, access addr.Access)) {
+	at := r.Start
+	for x := range m.extents.in(r) {
+		if at < x.Range.Start {
+			fn(addr.HVARange{Start: at, End: x.Range.Start}, addr.NoAccess)
+		}
+		fn(x.Range, x.Access)
+		at = x.Range.End
+	}
+	if at < r.End {
+		fn(addr.HVARange{Start: at, End: r.End}, addr.NoAccess)
+	}
+}
+
+// LastChange returns the newest operation that had to do with the page of hva,
+// if it is among those that are remembered: all that took a permission away
+// which is still missing, and the newest few hundred of the others.
+func (m *Memory) LastChange(hva addr.HVA) (Change, bool) {
+	m.as.RLock()
+	defer m.as.RUnlock()
+	page := addr.HVAs(hva&^addr.PageMask, addr.PageSize)
+	if c, ok := m.history.last(page); ok {
+		return c, true
+	}
+	for x := range m.extents.in(page) {
+		if x.Why != nil {
+			return *x.Why, true
+		}
+	}
+	return Change{}, false
+}

@@ -1,0 +1,496 @@
+package mm
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/internal/gvmtest"
+	"github.com/secondmmu/gvm/notifier"
+	"github.com/secondmmu/gvm/trace"
+)
+
+func TestMain(m *testing.M) { gvmtest.Main(m) }
+
+const pages = 16
+
+func newMemory(t testing.TB, c RegionConfig) (*Memory, *Region) {
+	t.Helper()
+	m := New(notifier.New(), trace.NewLog(1000))
+	c.Name = "ram"
+	if c.Size == 0 {
+		c.Size = pages * addr.PageSize
+	}
+	r, err := m.NewRegion(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return m, r
+}
+
+// part returns n pages of the region, from page i.
+func part(r *Region, i, n uint64) addr.HVARange {
+	return addr.HVAs(r.Range.Start+addr.HVA(i*addr.PageSize), n*addr.PageSize)
+}
+
+func mustStore(t *testing.T, m *Memory, hva addr.HVA, v uint64) {
+	t.Helper()
+	if err := m.Store64(hva, v); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// content describes the first word of every page of the region: its value, "ro
+// " and the value, "-" where there is a mapping without access, "." where there
+// is none.
+func content(t *testing.T, m *Memory, r *Region) string {
+	t.Helper()
+	var words []string
+	for i := range r.Range.NPages() {
+		page := part(r, i, 1)
+		x := m.Extents(page)[0]
+		v, err := m.Load64(page.Start)
+		switch {
+		case !x.Mapped:
+			words = append(words, ".")
+		case x.Access == addr.NoAccess:
+			words = append(words, "-")
+		case err != nil:
+			t.Fatal(err)
+		case x.Access == addr.Read:
+			words = append(words, fmt.Sprintf("ro%d", v))
+		default:
+			words = append(words, fmt.Sprint(v))
+		}
+	}
+	return strings.Join(words, " ")
+}
+
+// TestOperations carries operations out on a region of six pages whose first
+// words are 1 to 6, and compares what is there afterwards.
+func TestOperations(t *testing.T) {
+	type step func(m *Memory, r *Region) error
+	unmap := func(i, n uint64) step { return func(m *Memory, r *Region) error { return m.Unmap(part(r, i, n)) } }
+	remap := func(i, n, to uint64) step {
+		return func(m *Memory, r *Region) error { return m.Remap(part(r, i, n), part(r, to, 1).Start) }
+	}
+	mapBack := func(i, n uint64) step { return func(m *Memory, r *Region) error { return m.Map(part(r, i, n)) } }
+	protect := func(i, n uint64, a addr.Access) step {
+		return func(m *Memory, r *Region) error { return m.Protect(part(r, i, n), a) }
+	}
+	discard := func(i, n uint64) step { return func(m *Memory, r *Region) error { return m.Discard(part(r, i, n)) } }
+	punch := func(i, n uint64) step { return func(m *Memory, r *Region) error { return m.Punch(part(r, i, n)) } }
+	for name, tt := range map[string]struct {
+		steps       []step
+		anon, memfd string // content afterwards
+		events      string
+		extents     int
+	}{
+		"unmap":                 {[]step{unmap(1, 2)}, "1 . . 4 5 6", "1 . . 4 5 6", "unmap", 3},
+		"unmap all":             {[]step{unmap(0, 6)}, ". . . . . .", ". . . . . .", "unmap", 1},
+		"map back":              {[]step{unmap(1, 2), mapBack(1, 2)}, "1 0 0 4 5 6", "1 2 3 4 5 6", "unmap map", 1},
+		"map back in parts":     {[]step{unmap(1, 3), mapBack(3, 1), mapBack(1, 2)}, "1 0 0 0 5 6", "1 2 3 4 5 6", "unmap map map", 1},
+		"map over":              {[]step{mapBack(2, 2)}, "1 2 0 0 5 6", "1 2 3 4 5 6", "unmap", 1},
+		"protect read-only":     {[]step{protect(0, 2, addr.Read)}, "ro1 ro2 3 4 5 6", "ro1 ro2 3 4 5 6", "protect", 2},
+		"protect and back":      {[]step{protect(0, 2, addr.Read), protect(0, 2, addr.ReadWrite)}, "1 2 3 4 5 6", "1 2 3 4 5 6", "protect protect", 1},
+		"protect none":          {[]step{protect(5, 1, addr.NoAccess)}, "1 2 3 4 5 -", "1 2 3 4 5 -", "protect", 2},
+		"discard":               {[]step{discard(2, 3)}, "1 2 0 0 0 6", "1 2 3 4 5 6", "clear", 1},
+		"remap onto memory":     {[]step{remap(0, 2, 4)}, ". . 3 4 1 2", ". . 3 4 1 2", "unmap remap", 0},
+		"remap into a hole":     {[]step{unmap(4, 2), remap(1, 1, 5)}, "1 . 3 4 . 2", "1 . 3 4 . 2", "unmap map remap", 5},
+		"remap keeps read-only": {[]step{protect(0, 1, addr.Read), remap(0, 1, 5)}, ". 2 3 4 5 ro1", ". 2 3 4 5 ro1", "protect unmap remap", 3},
+		"punch":                 {[]step{punch(1, 2)}, "", "1 0 0 4 5 6", "clear", 1},
+		"punch what was moved":  {[]step{remap(0, 1, 5), punch(4, 2)}, "", ". 2 3 4 0 0", "unmap remap clear", 0},
+	} {
+		for _, backing := range []Backing{Anonymous, Memfd} {
+			want := tt.anon
+			if backing == Memfd {
+				want = tt.memfd
+			}
+			if want == "" {
+				continue
+			}
+			t.Run(name+"/"+backing.String(), func(t *testing.T) {
+				m, r := newMemory(t, RegionConfig{Size: 6 * addr.PageSize, Backing: backing})
+				for i := range uint64(6) {
+					mustStore(t, m, part(r, i, 1).Start, i+1)
+				}
+				for _, step := range tt.steps {
+					if err := step(m, r); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if got := content(t, m, r); got != want {
+					t.Errorf("memory is %q, want %q", got, want)
+				}
+				var events []string
+				log, _ := m.log.Since(0)
+				for _, e := range log {
+					if e.Kind == trace.InvalidateStart {
+						events = append(events, e.Name)
+					}
+				}
+				if got := strings.Join(events, " "); got != tt.events {
+					t.Errorf("notified of %q, want %q", got, tt.events)
+				}
+				if n := len(m.Extents(r.Range)); tt.extents != 0 && n != tt.extents {
+					t.Errorf("%d extents, want %d: %v", n, tt.extents, m.Extents(r.Range))
+				}
+				checkReserved(t, r)
+			})
+		}
+	}
+}
+
+// checkReserved fails the test unless every byte of the region's addresses is
+// mapped, as memory or as a reservation.
+func checkReserved(t *testing.T, r *Region) {
+	t.Helper()
+	maps, err := os.ReadFile("/proc/self/maps")
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := r.reserved.Start
+	for line := range strings.Lines(string(maps)) {
+		var v addr.HVARange
+		if _, err := fmt.Sscanf(line, "%x-%x", &v.Start, &v.End); err != nil {
+			t.Fatal(err)
+		}
+		if v.Start <= at && at < v.End {
+			at = min(v.End, r.reserved.End)
+		}
+	}
+	if at != r.reserved.End {
+		t.Errorf("%v of %v is neither mapped nor reserved", at, r.reserved)
+	}
+}
+
+func TestRefusedOperations(t *testing.T) {
+	refused := errors.New("refused by a subscriber")
+	for name, tt := range map[string]struct {
+		config RegionConfig
+		do     func(m *Memory, r *Region) error
+		want   error
+		says   string
+	}{
+		"pinned":        {config: RegionConfig{Pinned: true}, do: func(m *Memory, r *Region) error { return m.Discard(part(r, 0, 1)) }, want: ErrPinned, says: `"ram"`},
+		"empty":         {do: func(m *Memory, r *Region) error { return m.Unmap(part(r, 0, 0)) }, want: unix.EINVAL, says: "empty"},
+		"misaligned":    {do: func(m *Memory, r *Region) error { return m.Unmap(addr.HVAs(r.Range.Start+1, addr.PageSize)) }, want: unix.EINVAL, says: "aligned"},
+		"past the end":  {do: func(m *Memory, r *Region) error { return m.Unmap(part(r, pages-1, 2)) }, want: unix.EINVAL, says: "region"},
+		"address wraps": {do: func(m *Memory, r *Region) error { return m.Unmap(addr.HVARange{Start: r.Range.Start, End: 0}) }, want: unix.EINVAL, says: "empty"},
+		"discard a hole": {do: func(m *Memory, r *Region) error {
+			return errors.Join(m.Unmap(part(r, 3, 1)), m.Discard(part(r, 2, 3)))
+		}, want: unix.ENOMEM, says: "change 1, unmap"},
+		"protect a hole":          {config: RegionConfig{Reserved: true}, do: func(m *Memory, r *Region) error { return m.Protect(part(r, 0, 1), addr.Read) }, want: unix.ENOMEM, says: "not mapped"},
+		"punch anonymous memory":  {do: func(m *Memory, r *Region) error { return m.Punch(part(r, 0, 1)) }, want: unix.EINVAL, says: "discard it instead"},
+		"remap onto itself":       {do: func(m *Memory, r *Region) error { return m.Remap(part(r, 0, 2), part(r, 1, 1).Start) }, want: unix.EINVAL, says: "overlaps"},
+		"remap out of the region": {do: func(m *Memory, r *Region) error { return m.Remap(part(r, 0, 1), 0) }, want: unix.EINVAL, says: "target"},
+		"subscriber refuses": {do: func(m *Memory, r *Region) error {
+			if _, err := m.as.Register(&funcSubscriber{start: func(*notifier.Invalidation) error { return refused }}); err != nil {
+				return err
+			}
+			return m.Unmap(part(r, 0, 1))
+		}, want: refused, says: "nothing was changed"},
+		"closed": {do: func(m *Memory, r *Region) error {
+			other, otherRegion := New(notifier.New(), nil), addr.HVARange{Start: addr.PageSize, End: 2 * addr.PageSize}
+			if err := other.Close(); err != nil {
+				return err
+			}
+			return other.Unmap(otherRegion)
+		}, want: fs.ErrClosed},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m, r := newMemory(t, tt.config)
+			if !tt.config.Reserved {
+				mustStore(t, m, r.Range.Start, 42)
+			}
+			err := tt.do(m, r)
+			if !errors.Is(err, tt.want) || !strings.Contains(fmt.Sprint(err), tt.says) {
+				t.Errorf("error is %q, want %q in it and errors.Is %q", err, tt.says, tt.want)
+			}
+			var e *Error
+			if !errors.As(err, &e) {
+				t.Errorf("error is a %T, want an *Error", err)
+			}
+			if !tt.config.Reserved {
+				if v, err := m.Load64(r.Range.Start); v != 42 || err != nil {
+					t.Errorf("memory is %d (%v) after the refusal, want 42", v, err)
+				}
+			}
+		})
+	}
+}
+
+func TestNewRegionErrors(t *testing.T) {
+	m := New(notifier.New(), nil)
+	for name, tt := range map[string]struct {
+		size uint64
+		want error
+	}{
+		"zero":             {0, unix.EINVAL},
+		"not whole pages":  {addr.PageSize + 1, unix.EINVAL},
+		"wraps":            {1<<64 - addr.PageSize, unix.ENOMEM},
+		"above the kernel": {1 << 60, unix.ENOMEM},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if _, err := m.NewRegion(RegionConfig{Name: "x", Size: tt.size}); !errors.Is(err, tt.want) {
+				t.Errorf("NewRegion of %d bytes returned %v, want %v", tt.size, err, tt.want)
+			}
+		})
+	}
+	if err := m.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Close(); !errors.Is(err, fs.ErrClosed) {
+		t.Errorf("the second Close returned %v, want fs.ErrClosed", err)
+	}
+	if _, err := m.NewRegion(RegionConfig{Size: addr.PageSize}); !errors.Is(err, fs.ErrClosed) {
+		t.Errorf("NewRegion after Close returned %v, want fs.ErrClosed", err)
+	}
+}
+
+type funcSubscriber struct {
+	start func(*notifier.Invalidation) error
+	end   func(*notifier.Invalidation)
+}
+
+func (s *funcSubscriber) InvalidateRangeStart(inv *notifier.Invalidation) error {
+	if s.start == nil {
+		return nil
+	}
+	return s.start(inv)
+}
+func (s *funcSubscriber) InvalidateRangeEnd(inv *notifier.Invalidation) {
+	if s.end != nil {
+		s.end(inv)
+	}
+}
+func (s *funcSubscriber) Release() {}
+
+// TestBracketOrder has a subscriber look at the memory itself: at the start it
+// is as it was, at the end it is changed.
+func TestBracketOrder(t *testing.T) {
+	m, r := newMemory(t, RegionConfig{})
+	mustStore(t, m, r.Range.Start, 42)
+	var seen []uint64
+	look := func() { seen = append(seen, load64(r.Range.Start)) }
+	if _, err := m.as.Register(&funcSubscriber{
+		start: func(*notifier.Invalidation) error { look(); return nil },
+		end:   func(*notifier.Invalidation) { look() },
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Discard(part(r, 0, 1)); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]uint64{42, 0}, seen); diff != "" {
+		t.Errorf("the page at start and end of the bracket (-want +got):\n%s", diff)
+	}
+}
+
+func TestWalkTellsWhatWillStand(t *testing.T) {
+	m, r := newMemory(t, RegionConfig{Size: 4 * addr.PageSize})
+	if err := errors.Join(m.Unmap(part(r, 1, 1)), m.Protect(part(r, 3, 1), addr.Read)); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	around := addr.HVARange{Start: r.Range.Start - addr.PageSize, End: r.Range.End + addr.PageSize}
+	m.as.RLock()
+	m.Walk(around, func(part addr.HVARange, access addr.Access) {
+		got = append(got, fmt.Sprintf("%d+%d %v", int64(part.Start-r.Range.Start)/addr.PageSize, part.NPages(), access))
+	})
+	m.as.RUnlock()
+	want := []string{"-1+1 none", "0+1 read-write", "1+1 none", "2+1 read-write", "3+1 read-only", "4+1 none"}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("Walk (-want +got):\n%s", diff)
+	}
+}
+
+func TestAccessErrors(t *testing.T) {
+	m, r := newMemory(t, RegionConfig{})
+	buf := make([]byte, 2*addr.PageSize)
+	if err := errors.Join(m.Unmap(part(r, 2, 1)), m.Protect(part(r, 4, 1), addr.Read)); err != nil {
+		t.Fatal(err)
+	}
+	for name, tt := range map[string]struct {
+		do   func() error
+		says string
+	}{
+		"into a hole":           {func() error { return m.ReadAt(buf, part(r, 1, 1).Start) }, "not mapped since change 1, unmap"},
+		"store to read-only":    {func() error { return m.Store64(part(r, 4, 1).Start, 1) }, "read-only since change 2, protect"},
+		"past the end":          {func() error { return m.WriteAt(buf, part(r, pages-1, 1).Start) }, "is not guest memory"},
+		"nowhere near":          {func() error { return m.ReadAt(buf, 0) }, "is not guest memory"},
+		"to the end of numbers": {func() error { return m.ReadAt(buf, ^addr.HVA(0)-8) }, "is not guest memory"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := tt.do()
+			var e *AccessError
+			if !errors.As(err, &e) || !errors.Is(err, unix.EFAULT) || !strings.Contains(err.Error(), tt.says) {
+				t.Errorf("error is %v, want an *AccessError with EFAULT that says %q", err, tt.says)
+			}
+		})
+	}
+	if err := m.ReadAt(nil, 0); err != nil {
+		t.Errorf("reading nothing: %v", err)
+	}
+}
+
+// TestStrayChangeIsAnError takes a page away behind the package's back.
+func TestStrayChangeIsAnError(t *testing.T) {
+	m, r := newMemory(t, RegionConfig{})
+	mustStore(t, m, r.Range.Start, 42)
+	if err := mprotect(part(r, 0, 1), addr.NoAccess); err != nil {
+		t.Fatal(err)
+	}
+	if v, err := m.Load64(r.Range.Start); !errors.Is(err, unix.EFAULT) {
+		t.Errorf("load from a page that was protected behind our back gave %d, %v; want EFAULT", v, err)
+	}
+	if err := mprotect(part(r, 0, 1), addr.ReadWrite); err != nil {
+		t.Fatal(err)
+	}
+	if v, err := m.Load64(r.Range.Start); v != 42 || err != nil {
+		t.Errorf("load after it was put back gave %d, %v; want 42", v, err)
+	}
+}
+
+func TestLastChange(t *testing.T) {
+	m, r := newMemory(t, RegionConfig{})
+	if c, ok := m.LastChange(r.Range.Start); ok {
+		t.Errorf("a fresh page was last changed by %v", c)
+	}
+	if err := m.Unmap(part(r, 0, 1)); err != nil {
+		t.Fatal(err)
+	}
+	for range historyLen {
+		if err := m.Discard(part(r, 1, 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := m.Remap(part(r, 4, 1), part(r, 6, 1).Start); err != nil {
+		t.Fatal(err)
+	}
+	for page, want := range map[uint64]Op{0: OpUnmap, 1: OpDiscard, 4: OpRemap, 6: OpRemap} {
+		if c, ok := m.LastChange(part(r, page, 1).Start + 123); !ok || c.Op != want {
+			t.Errorf("page %d was last changed by %v (%v), want %s", page, c, ok, want)
+		}
+	}
+}
+
+// TestNoHoleForOthers moves and unmaps pages while other threads map memory
+// wherever the kernel likes. None of it may land in the region.
+func TestNoHoleForOthers(t *testing.T) {
+	m, r := newMemory(t, RegionConfig{})
+	var stop atomic.Bool
+	var wg sync.WaitGroup
+	for range 2 {
+		wg.Go(func() {
+			for !stop.Load() {
+				p, err := mmap(addr.HVAs(0, addr.PageSize), unix.PROT_READ, reservation, -1, 0)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				got := addr.HVAs(p, addr.PageSize)
+				if got.Overlaps(r.reserved) {
+					t.Errorf("another thread's mmap was given %v, inside %v", got, r.reserved)
+					stop.Store(true)
+				}
+				if err := munmap(got); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	for i := 0; i < 2000 && !stop.Load(); i++ {
+		if err := errors.Join(
+			m.Remap(part(r, 1, 2), part(r, 8, 1).Start), m.Map(part(r, 1, 2)),
+			m.Unmap(part(r, 4, 1)), m.Map(part(r, 4, 1)),
+		); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop.Store(true)
+	wg.Wait()
+}
+
+// FuzzExtents runs (page, length, kind) triples on a set of extents and on an
+// array with an element for each page, and compares them.
+func FuzzExtents(f *testing.F) {
+	f.Add([]byte{0, 16, 1, 3, 4, 0, 5, 1, 2, 0, 16, 1})
+	f.Fuzz(func(t *testing.T, prog []byte) {
+		type kind struct {
+			mapped bool
+			access addr.Access
+			offset int64
+		}
+		const n = 32
+		file := new(os.File)
+		var s extents
+		s.set(Extent{Range: addr.HVAs(0, n*addr.PageSize)})
+		var model [n]kind
+		for ; len(prog) >= 3; prog = prog[3:] {
+			first, count := int64(prog[0]%n), int64(prog[1]%n)+1
+			count = min(count, n-first)
+			k := kind{mapped: prog[2]&1 != 0, access: addr.Access(prog[2] >> 1 & 3), offset: int64(prog[2]>>3) * addr.PageSize}
+			x := Extent{Range: addr.HVAs(addr.HVA(first*addr.PageSize), uint64(count*addr.PageSize)), Mapped: k.mapped, Access: k.access, file: file, offset: k.offset}
+			s.set(x)
+			for i := range count {
+				model[first+i] = k
+				model[first+i].offset += i * addr.PageSize
+			}
+			at := addr.HVA(0)
+			for i, x := range s {
+				if x.Range.Start != at || x.Range.Empty() || i > 0 && s[i-1].continues(x) {
+					t.Fatalf("extent %d of %v leaves a gap, is empty, or could be one with the one before it", i, s)
+				}
+				at = x.Range.End
+			}
+			for i := range int64(n) {
+				page := addr.HVAs(addr.HVA(i*addr.PageSize), addr.PageSize)
+				got := slices.Collect(s.in(page))
+				if len(got) != 1 {
+					t.Fatalf("page %d has %d extents", i, len(got))
+				}
+				g := kind{got[0].Mapped, got[0].Access, got[0].offset}
+				if model[i].mapped && g != model[i] || g.mapped != model[i].mapped || got[0].Range != page {
+					t.Fatalf("page %d is %+v in %v, want %+v", i, g, got[0].Range, model[i])
+				}
+			}
+		}
+	})
+}
+
+// BenchmarkDiscard times the discard of one page that no guest has mapped, next
+// to the bare system call. The page is touched in between, outside the timing
+// of neither: both pay for the fault.
+func BenchmarkDiscard(b *testing.B) {
+	m, r := newMemory(b, RegionConfig{})
+	page := part(r, 3, 1)
+	for name, discard := range map[string]func() error{
+		"impl=mm":  func() error { return m.Discard(page) },
+		"impl=raw": func() error { return madvise(page, unix.MADV_DONTNEED) },
+	} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				store64(page.Start, 1)
+				if err := discard(); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
