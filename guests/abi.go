@@ -19,6 +19,7 @@ const (
 	MaxImage = stackTop - MaxVCPUs*addr.PageSize - Image
 	maxPDs   = 256
 	stackTop = 0x100000
+	TSS      = addr.GPA(0)      // a task state segment of zeros: it permits the ports below 0x8000
 	Params   = addr.GPA(0x1000) // the parameter page
 	Results  = addr.GPA(0x2000) // the result words of all vCPUs
 	PML4     = addr.GPA(0x3000) // root of the page tables

@@ -115,6 +115,7 @@ func TestBootLayoutDoesNotOverlap(t *testing.T) {
 		name       string
 		start, end addr.GPA
 	}{
+		{"TSS", TSS, TSS + addr.PageSize},
 		{"parameters", Params, Params + addr.PageSize},
 		{"results", Results, Results + MaxVCPUs*ResultWords*8},
 		{"PML4", PML4, PML4 + addr.PageSize},

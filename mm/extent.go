@@ -131,12 +131,12 @@ const historyLen = 256
 // history is the newest changes.
 type history struct {
 	ring []Change // change seq is at (seq-1) % historyLen
-	n    uint64   // changes so far
+	n    uint64   // sequence number of the newest
 }
 
+// add remembers the change that follows the newest.
 func (h *history) add(c Change) *Change {
-	h.n++
-	c.Seq = h.n
+	h.n = c.Seq
 	if len(h.ring) < historyLen {
 		h.ring = append(h.ring, c)
 	} else {

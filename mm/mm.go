@@ -28,6 +28,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -89,6 +90,8 @@ func (r *Region) String() string { return fmt.Sprintf("region %q %v", r.Name, r.
 type Memory struct {
 	as  *notifier.AddressSpace
 	log *trace.Log
+
+	changes atomic.Uint64 // carried out so far; written with the mapping lock held
 
 	// What follows is protected by the mapping lock of as.
 	closed  bool
@@ -219,6 +222,10 @@ func (m *Memory) Walk(r addr.HVARange, fn func(r addr.HVARange, access addr.Acce
 		fn(addr.HVARange{Start: at, End: r.End}, addr.NoAccess)
 	}
 }
+
+// Changes returns the number of changes carried out so far. It takes no lock: a
+// change may be in flight that is not counted yet.
+func (m *Memory) Changes() uint64 { return m.changes.Load() }
 
 // LastChange returns the newest operation that had to do with the page of hva,
 // if it is among those that are remembered: all that took a permission away

@@ -242,7 +242,7 @@ func (m *Memory) change(o operation) error {
 		if err := o.do(region); err != nil {
 			return err
 		}
-		c := m.history.add(Change{Op: o.op, Range: o.r, To: o.to, Time: time.Now()})
+		c := m.history.add(Change{Seq: m.changes.Add(1), Op: o.op, Range: o.r, To: o.to, Time: time.Now()})
 		if o.becomes != nil {
 			for _, x := range o.becomes(c, region) {
 				m.extents.set(x)

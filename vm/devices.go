@@ -1,0 +1,63 @@
+package vm
+
+import (
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/secondmmu/gvm/guests"
+	"github.com/secondmmu/gvm/kvm"
+)
+
+// devices are what guests find behind ports. A port without a device reads all
+// ones, and what is written to it is dropped.
+type devices struct {
+	mu      sync.Mutex // protects console; one write at a time
+	console io.Writer  // or nil
+	uart    uart
+}
+
+// print writes to the console.
+func (d *devices) print(p []byte) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.console == nil {
+		return nil
+	}
+	if _, err := d.console.Write(p); err != nil {
+		return fmt.Errorf("write to the console: %w", err)
+	}
+	return nil
+}
+
+// portIO carries out an access to a port, one element after the other.
+func (v *vcpu) portIO(e *kvm.IOExit) error {
+	d := &v.m.devices
+	if e.Port == guests.PortConsole && !e.In && e.Size == 1 {
+		return d.print(e.Data) // all elements at once
+	}
+	for i := range e.Count {
+		element := e.Data[i*e.Size : (i+1)*e.Size]
+		var err error
+		switch port := e.Port; {
+		case guests.PortUART <= port && port < guests.PortUART+uartPorts && e.In:
+			fill(element)
+			element[0] = d.uart.in(port - guests.PortUART)
+		case guests.PortUART <= port && port < guests.PortUART+uartPorts:
+			if c, ok := d.uart.out(port-guests.PortUART, element[0]); ok {
+				err = d.print([]byte{c})
+			}
+		case port == guests.PortExit && !e.In:
+			v.exited, v.status = true, int(le(element)&0xff)
+			return nil
+		case port == guests.PortMark && !e.In:
+			if v.m.config.OnMark != nil {
+				err = v.m.config.OnMark(v.id, le(element))
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}

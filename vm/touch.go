@@ -1,0 +1,383 @@
+package vm
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"golang.org/x/arch/x86/x86asm"
+	"golang.org/x/sys/unix"
+
+	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/kvm"
+	"github.com/secondmmu/gvm/mm"
+	"github.com/secondmmu/gvm/trace"
+)
+
+// ExitError is an exit that a vCPU could not continue from.
+type ExitError struct {
+	VCPU   int
+	Exit   string // the exit as KVM gave it
+	Reason string // what it means
+	RIP    uint64
+
+	// If the guest used an address that the host does not back: the address,
+	// how it was used, what the host has there, and the newest operation on it.
+	// Extent and Change are nil where there is nothing to tell.
+	GPA    addr.GPA
+	Access addr.Access // NoAccess: the exit was about no address
+	Extent *mm.Extent
+	Slot   string // the memory slot of GPA, or "no slot"
+	Change *mm.Change
+
+	Err error // the error under it, or nil
+}
+
+func (e *ExitError) Error() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "vCPU %d at rip 0x%x: %s", e.VCPU, e.RIP, e.Reason)
+	if e.Access != addr.NoAccess {
+		verb := "reads"
+		if e.Access&addr.Write != 0 {
+			verb = "writes"
+		}
+		fmt.Fprintf(&b, ": it %s %v, %s", verb, e.GPA, e.Slot)
+	}
+	if e.Extent != nil {
+		fmt.Fprintf(&b, "; the host has %v", *e.Extent)
+	}
+	if e.Change != nil && (e.Extent == nil || e.Extent.Why == nil) {
+		fmt.Fprintf(&b, "; last there: %v", *e.Change)
+	}
+	fmt.Fprintf(&b, " (%s)", e.Exit)
+	if e.Err != nil {
+		fmt.Fprintf(&b, ": %v", e.Err)
+	}
+	return b.String()
+}
+
+func (e *ExitError) Unwrap() error { return e.Err }
+
+// exitError describes an exit that is about no address.
+func (v *vcpu) exitError(exit kvm.Exit, reason string) error {
+	e := &ExitError{VCPU: v.id, Exit: exit.String(), Reason: reason}
+	regs, err := v.cpu.Regs()
+	if err != nil {
+		e.Err = err
+		return e
+	}
+	e.RIP = regs.Rip
+	if _, ok := exit.(*kvm.InternalErrorExit); ok {
+		// The instruction may be one that KVM could not fetch: an instruction
+		// fetch from a page without a slot ends like this.
+		if u, ok := v.firstUnbacked(&regs); ok {
+			return v.describe(e, u)
+		}
+	}
+	return e
+}
+
+// use is one use of guest memory.
+type use struct {
+	gpa    addr.GPA
+	n      int // bytes
+	access addr.Access
+}
+
+// describe adds to e what is known of the address.
+func (v *vcpu) describe(e *ExitError, u use) *ExitError {
+	m := v.m
+	e.GPA, e.Access, e.Slot = u.gpa, u.access, "no slot"
+	set := m.tracker.Slots()
+	if s, ok := set.Lookup(u.gpa.GFN()); ok {
+		e.Slot = s.String()
+	}
+	hva, ok := set.HVA(u.gpa)
+	if !ok {
+		e.Slot = "not RAM"
+		return e
+	}
+	if xs := m.memory.Extents(addr.HVAs(hva&^addr.PageMask, addr.PageSize)); len(xs) > 0 {
+		e.Extent = &xs[0]
+	}
+	if c, ok := m.memory.LastChange(hva); ok {
+		e.Change = &c
+	}
+	return e
+}
+
+// touch completes an access of the guest that its slots do not allow.
+func (v *vcpu) touch(ctx context.Context, e *kvm.MMIOExit) error {
+	u := use{gpa: e.GPA, n: len(e.Data), access: addr.Read}
+	if e.Write {
+		u.access = addr.ReadWrite
+	}
+	complete := func() error {
+		if e.Write {
+			return v.m.WriteGuest(e.GPA, e.Data)
+		}
+		return v.m.ReadGuest(e.GPA, e.Data)
+	}
+	// A change in flight may have taken the slot away and not have put it back
+	// yet. The access waits for the mapping lock, so it comes after the change.
+	err := v.wait(ctx, u, complete)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, errStopped):
+		v.pending = e
+		return nil
+	case v.m.config.Touch == Float:
+		v.record(u, "floated")
+		if !e.Write {
+			fill(e.Data)
+		}
+		return nil
+	}
+	v.record(u, "stopped")
+	failed := &ExitError{VCPU: v.id, Exit: e.String(), Reason: "the guest used RAM that the host has taken away"}
+	if _, err := v.m.hva(e.GPA); err != nil {
+		failed.Reason = "the guest used an address where there is no RAM"
+	}
+	if regs, err := v.cpu.Regs(); err == nil {
+		failed.RIP = regs.Rip // after a write it is past the instruction
+	}
+	return v.describe(failed, u)
+}
+
+func fill(p []byte) {
+	for i := range p {
+		p[i] = 0xff
+	}
+}
+
+// wait tries an access until it succeeds, if the machine's policy is to wait
+// and the address is RAM; otherwise it tries once. When ctx is done it gives up
+// with errStopped.
+func (v *vcpu) wait(ctx context.Context, u use, try func() error) error {
+	waited := false
+	for {
+		changed := v.m.tracker.Changed() // before the try: what changes after it is not missed
+		err := try()
+		if err == nil {
+			if waited {
+				v.record(u, "resumed")
+			}
+			return nil
+		}
+		var denied *mm.AccessError
+		if v.m.config.Touch != Wait || !errors.As(err, &denied) {
+			return err
+		}
+		if !waited {
+			v.record(u, "waits")
+			waited = true
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return errStopped
+		}
+	}
+}
+
+// errStopped is what wait returns when the run was stopped meanwhile.
+var errStopped = errors.New("the run was stopped")
+
+func (v *vcpu) record(u use, what string) {
+	gfn := u.gpa.GFN()
+	v.m.config.Log.Record(trace.Event{Kind: trace.Touch, Name: what, VCPU: v.id, GFN: addr.GFNRange{Start: gfn, End: gfn + 1}, Acc: u.access})
+}
+
+// faults counts the EFAULTs that a vCPU met in a row without getting on.
+type faults struct {
+	n   int
+	rip uint64
+}
+
+// maxFaults is how many EFAULTs at one instruction are borne that nothing
+// explains: a mapping that somebody else replaces can be missing for a moment.
+const maxFaults = 8
+
+// handleFault finds out why KVM_RUN could not reach the host memory of a slot.
+// The guest is as it was before the instruction, which can be run again.
+// Changes is the number of changes to mappings before the guest ran.
+func (v *vcpu) handleFault(ctx context.Context, changes uint64) error {
+	regs, err := v.cpu.Regs()
+	if err != nil {
+		return err
+	}
+	u, found := v.firstUnbacked(&regs)
+	if found {
+		if s, _ := v.m.tracker.Slots().Lookup(u.gpa.GFN()); s.Access&u.access != u.access {
+			return nil // the slot has been cut since: the next try is an exit that names the address
+		}
+		// The slot is there and its memory is not: KVM refused to cut it.
+		err := v.wait(ctx, u, func() error { return v.backed(u) })
+		if err == nil || errors.Is(err, errStopped) {
+			return nil
+		}
+	}
+	if !found {
+		if v.m.memory.Changes() != changes {
+			return nil // a change of ours came in between, and is complete now
+		}
+		if v.faults.rip != regs.Rip {
+			v.faults = faults{rip: regs.Rip}
+		}
+		if v.faults.n++; v.faults.n < maxFaults {
+			time.Sleep(time.Duration(v.faults.n) * 100 * time.Microsecond)
+			return nil
+		}
+	}
+	e := &ExitError{
+		VCPU: v.id, RIP: regs.Rip, Err: unix.EFAULT, Exit: "KVM_RUN",
+		Reason: "the guest used memory whose host mapping is missing",
+	}
+	if found {
+		v.record(u, "stopped")
+		return v.describe(e, u)
+	}
+	e.Reason += ", though no operation of this machine removed it: something else in this process changed it"
+	uses := v.uses(&regs)
+	for _, u := range uses {
+		if v.probeHost(u) != nil {
+			return v.describe(e, u)
+		}
+	}
+	return e
+}
+
+// backed reports whether the host's mappings, as far as they are known, allow a
+// use; the error says why not.
+func (v *vcpu) backed(u use) error {
+	hva, err := v.m.hva(u.gpa)
+	if err != nil {
+		return err
+	}
+	for _, x := range v.m.memory.Extents(addr.HVAs(hva, uint64(u.n))) {
+		if x.Access&u.access != u.access {
+			return &mm.AccessError{Access: u.access, Range: x.Range, Why: x.String(), Err: unix.EFAULT}
+		}
+	}
+	return nil
+}
+
+// probeHost tries a use of memory that is said to be mapped, without changing it.
+func (v *vcpu) probeHost(u use) error {
+	return v.m.ReadGuest(u.gpa, make([]byte, u.n))
+}
+
+// firstUnbacked returns the first use of memory by the instruction at rip that
+// the host's mappings do not allow.
+func (v *vcpu) firstUnbacked(regs *kvm.Regs) (use, bool) {
+	for _, u := range v.uses(regs) {
+		if v.backed(u) != nil {
+			return u, true
+		}
+	}
+	return use{}, false
+}
+
+// uses returns the uses of guest RAM by the instruction at rip, beginning with
+// its fetch. Because it is not told which operands are read and which are
+// written, an operand is used for reading first, and then for writing.
+func (v *vcpu) uses(regs *kvm.Regs) []use {
+	var uses []use
+	code := make([]byte, 0, 15)
+	for len(code) < cap(code) {
+		at := addr.GVA(regs.Rip + uint64(len(code)))
+		n := min(cap(code)-len(code), int(addr.PageSize-at&addr.PageMask))
+		t, err := v.cpu.Translate(at)
+		if err != nil || !t.Valid {
+			break
+		}
+		uses = append(uses, use{t.GPA, n, addr.Read})
+		chunk := make([]byte, n)
+		if v.m.ReadGuest(t.GPA, chunk) != nil {
+			break
+		}
+		code = append(code, chunk...)
+	}
+	sregs, err := v.cpu.Sregs()
+	if err != nil {
+		return uses
+	}
+	inst, err := x86asm.Decode(code, 64)
+	if err != nil {
+		return uses
+	}
+	for _, op := range operands(&inst, regs, &sregs) {
+		// An operand may cross a page border: each side counts for itself.
+		for n := op.n; n > 0; {
+			part := min(n, int(addr.PageSize-op.gva&addr.PageMask))
+			if t, err := v.cpu.Translate(op.gva); err == nil && t.Valid {
+				uses = append(uses, use{t.GPA, part, addr.Read}, use{t.GPA, part, addr.ReadWrite})
+			}
+			op.gva, n = op.gva+addr.GVA(part), n-part
+		}
+	}
+	return uses
+}
+
+// operand is memory that an instruction names.
+type operand struct {
+	gva addr.GVA
+	n   int
+}
+
+// operands returns the memory operands of an instruction, those of the stack
+// included.
+func operands(inst *x86asm.Inst, regs *kvm.Regs, sregs *kvm.Sregs) []operand {
+	var ops []operand
+	for _, arg := range inst.Args {
+		if mem, ok := arg.(x86asm.Mem); ok && inst.Op != x86asm.LEA && inst.Op != x86asm.NOP {
+			gva := uint64(mem.Disp)
+			gva += register(mem.Base, inst, regs) + uint64(mem.Scale)*register(mem.Index, inst, regs)
+			switch mem.Segment {
+			case x86asm.FS:
+				gva += sregs.FS.Base
+			case x86asm.GS:
+				gva += sregs.GS.Base
+			}
+			ops = append(ops, operand{addr.GVA(gva), max(inst.MemBytes, 1)})
+		}
+	}
+	const word = 8
+	switch inst.Op {
+	case x86asm.PUSH, x86asm.CALL, x86asm.PUSHF, x86asm.PUSHFQ, x86asm.ENTER:
+		ops = append(ops, operand{addr.GVA(regs.Rsp - word), word})
+	case x86asm.POP, x86asm.RET, x86asm.POPF, x86asm.POPFQ:
+		ops = append(ops, operand{addr.GVA(regs.Rsp), word})
+	case x86asm.LEAVE:
+		ops = append(ops, operand{addr.GVA(regs.Rbp), word})
+	}
+	return ops
+}
+
+// register returns the value of a register that addresses memory.
+func register(r x86asm.Reg, inst *x86asm.Inst, regs *kvm.Regs) uint64 {
+	byNumber := [16]uint64{
+		regs.Rax, regs.Rcx, regs.Rdx, regs.Rbx, regs.Rsp, regs.Rbp, regs.Rsi, regs.Rdi,
+		regs.R8, regs.R9, regs.R10, regs.R11, regs.R12, regs.R13, regs.R14, regs.R15,
+	}
+	switch {
+	case x86asm.RAX <= r && r <= x86asm.R15:
+		return byNumber[r-x86asm.RAX]
+	case x86asm.EAX <= r && r <= x86asm.R15L:
+		return byNumber[r-x86asm.EAX] & 0xffffffff
+	case r == x86asm.RIP:
+		return regs.Rip + uint64(inst.Len)
+	}
+	return 0
+}
+
+// le returns up to 4 bytes as a number.
+func le(p []byte) uint32 {
+	var b [4]byte
+	copy(b[:], p)
+	return binary.LittleEndian.Uint32(b[:])
+}

@@ -1,0 +1,128 @@
+package vm
+
+import "sync"
+
+// uart is as much of a 16550 as polled drivers need: characters go out at once,
+// and characters that came in wait to be read. It raises no interrupts.
+type uart struct {
+	mu      sync.Mutex // protects what follows; a leaf
+	input   []byte     // received and not read yet
+	ier     byte
+	lcr     byte
+	mcr     byte
+	scr     byte
+	divisor [2]byte // low, high; kept for whoever reads it back
+}
+
+const uartPorts = 8
+
+// Registers, by their distance from the first port.
+const (
+	uartData = iota // RBR and THR, or the divisor's low byte if DLAB is set
+	uartIER         // or the divisor's high byte
+	uartIIR         // reading; FCR when written
+	uartLCR
+	uartMCR
+	uartLSR
+	uartMSR
+	uartSCR
+)
+
+const (
+	lcrDLAB = 1 << 7 // data and IER are the divisor
+
+	lsrReady = 1 << 0 // a character has come in
+	lsrEmpty = 3 << 5 // what was sent is gone
+
+	iirNone = 1 // no interrupt is pending
+
+	mcrLoop = 1 << 4 // what is sent comes in
+
+	msrConnected = 0xb0 // carrier, ready, and clear to send
+
+	// maxInput bounds what is kept for a guest that does not read.
+	maxInput = 1 << 20
+)
+
+// Write gives the guest characters to receive. If more than a megabyte are
+// waiting, the rest is lost, as on a wire.
+func (u *uart) Write(p []byte) (int, error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.receiveLocked(p...)
+	return len(p), nil
+}
+
+func (u *uart) receiveLocked(p ...byte) {
+	u.input = append(u.input, p[:min(len(p), maxInput-len(u.input))]...)
+}
+
+// in reads a register.
+func (u *uart) in(reg uint16) byte {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	latch := u.lcr&lcrDLAB != 0
+	switch reg {
+	case uartData:
+		if latch {
+			return u.divisor[0]
+		}
+		if len(u.input) == 0 {
+			return 0
+		}
+		c := u.input[0]
+		u.input = u.input[1:]
+		return c
+	case uartIER:
+		if latch {
+			return u.divisor[1]
+		}
+		return u.ier
+	case uartIIR:
+		return iirNone
+	case uartLCR:
+		return u.lcr
+	case uartMCR:
+		return u.mcr
+	case uartLSR:
+		lsr := byte(lsrEmpty)
+		if len(u.input) > 0 {
+			lsr |= lsrReady
+		}
+		return lsr
+	case uartMSR:
+		return msrConnected
+	}
+	return u.scr
+}
+
+// out writes a register. It returns the character that was sent, if one was.
+func (u *uart) out(reg uint16, b byte) (c byte, sent bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	latch := u.lcr&lcrDLAB != 0
+	switch reg {
+	case uartData:
+		switch {
+		case latch:
+			u.divisor[0] = b
+		case u.mcr&mcrLoop != 0:
+			u.receiveLocked(b)
+		default:
+			return b, true
+		}
+	case uartIER:
+		if latch {
+			u.divisor[1] = b
+		} else {
+			u.ier = b & 0xf
+		}
+	case uartLCR:
+		u.lcr = b
+	case uartMCR:
+		u.mcr = b & 0x1f
+	case uartSCR:
+		u.scr = b
+	}
+	return 0, false
+}

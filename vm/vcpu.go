@@ -1,0 +1,176 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/secondmmu/gvm/kvm"
+)
+
+// vcpu is one vCPU and what its thread knows.
+type vcpu struct {
+	m   *Machine
+	id  int
+	cpu *kvm.VCPU
+
+	// tid is the vCPU's thread. It is written before the thread enters the gate
+	// and read by whoever holds the gate's lock and sees the vCPU inside.
+	tid int
+
+	// What follows belongs to the vCPU's thread, and to Wait after that ended.
+	exited  bool
+	status  int
+	pending *kvm.MMIOExit // an access that waited when the run was stopped, or nil
+	faults  faults
+}
+
+// Start lets the vCPUs run, each on a thread of its own, until all have exited,
+// one has failed, ctx is done, or the machine is closed. A machine whose run has
+// ended without all vCPUs having exited can be started again, and goes on.
+func (m *Machine) Start(ctx context.Context) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case m.closed:
+		return fmt.Errorf("start a machine: it is closed")
+	case !m.booted:
+		return fmt.Errorf("start a machine: there is no guest in it")
+	case m.cancel != nil:
+		return fmt.Errorf("start a machine: it is running")
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	m.cancel, m.done, m.err = cancel, make(chan struct{}), nil
+	m.gate.restart()
+	unhook := context.AfterFunc(ctx, m.gate.stop)
+
+	var threads sync.WaitGroup
+	for _, v := range m.vcpus {
+		threads.Go(func() {
+			if err := v.run(ctx); err != nil {
+				m.fail(err)
+			}
+		})
+	}
+	done := m.done
+	go func() {
+		threads.Wait()
+		unhook()
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if err := context.Cause(ctx); err != nil && m.err == nil && !m.exited() {
+			m.err = fmt.Errorf("the run was stopped: %w", err)
+		}
+		cancel()
+		m.cancel = nil
+		close(done)
+	}()
+	return nil
+}
+
+// fail ends the run with err, unless it has failed already.
+func (m *Machine) fail(err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.err == nil {
+		m.err = err
+	}
+	m.cancel()
+}
+
+// exited reports whether every vCPU's guest has exited. No vCPU thread runs.
+func (m *Machine) exited() bool {
+	for _, v := range m.vcpus {
+		if !v.exited {
+			return false
+		}
+	}
+	return true
+}
+
+// Done returns a channel that is closed when the run that was started last has
+// ended; nil before the first.
+func (m *Machine) Done() <-chan struct{} {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.done
+}
+
+// Wait returns when the run that was started last has ended. The status is the
+// first that is not 0 among those that vCPUs exited with, in their order. The
+// error is how the run failed: an *[ExitError], what OnMark or the console
+// returned, or the cause of the context.
+func (m *Machine) Wait() (status int, err error) {
+	<-m.Done()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, v := range m.vcpus {
+		if v.status != 0 {
+			return v.status, m.err
+		}
+	}
+	return 0, m.err
+}
+
+// Run is Start and Wait.
+func (m *Machine) Run(ctx context.Context) (status int, err error) {
+	if err := m.Start(ctx); err != nil {
+		return 0, err
+	}
+	return m.Wait()
+}
+
+// run runs the vCPU until its guest exits or the gate is stopped.
+func (v *vcpu) run(ctx context.Context) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	v.tid = unix.Gettid()
+	if e := v.pending; e != nil {
+		v.pending = nil
+		if err := v.touch(ctx, e); err != nil {
+			return err
+		}
+	}
+	for !v.exited && v.m.gate.enter(v) {
+		changes := v.m.memory.Changes()
+		exit, err := v.cpu.Run()
+		v.m.gate.leave(v)
+		switch {
+		case err == nil:
+			err = v.handle(ctx, exit)
+		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
+			err = nil // a kick, or a preemption signal of the Go runtime
+		case errors.Is(err, unix.EFAULT):
+			err = v.handleFault(ctx, changes)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// handle does what an exit asks for. With an error the vCPU cannot go on.
+func (v *vcpu) handle(ctx context.Context, exit kvm.Exit) error {
+	v.faults = faults{} // the guest got on
+	switch e := exit.(type) {
+	case *kvm.IOExit:
+		return v.portIO(e)
+	case *kvm.MMIOExit:
+		return v.touch(ctx, e)
+	case *kvm.HLTExit:
+		// There is no interrupt controller: nothing would wake it.
+		v.exited = true
+		return nil
+	case *kvm.ShutdownExit:
+		return v.exitError(exit, "the guest met a fault that it has no handler for")
+	case *kvm.InternalErrorExit:
+		return v.exitError(exit, "KVM could not emulate an instruction of the guest")
+	default:
+		return v.exitError(exit, "the machine cannot continue")
+	}
+}

@@ -1,0 +1,379 @@
+// Package vm is a minimal virtual machine whose memory slots follow the host's
+// mappings.
+//
+// A [Machine] has RAM from package mm, a tracker from package shadow that
+// subscribes to the notifier of that memory, and vCPUs from package kvm, each on
+// an OS thread of its own. Whoever holds the Machine may change the mappings of
+// its RAM at any time, through [Machine.Memory]; what the guest makes of it is
+// decided by its [Touch] policy.
+//
+// # Lock order
+//
+//	the address space's mapping lock
+//	    shadow.Tracker.mu
+//	        gate.mu          waits, as a condition, for vCPUs to leave the guest
+//	Machine.mu               a leaf
+//	devices.mu               a leaf, but for the console's Write
+//
+// A vCPU thread holds none of them while it is in the guest. While it handles an
+// exit it may take any of them: it is outside the gate then.
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/guests"
+	"github.com/secondmmu/gvm/kvm"
+	"github.com/secondmmu/gvm/mm"
+	"github.com/secondmmu/gvm/notifier"
+	"github.com/secondmmu/gvm/shadow"
+	"github.com/secondmmu/gvm/trace"
+)
+
+// Touch says what happens when a guest uses RAM that the host has taken away, or
+// writes to RAM that the host has made read-only.
+type Touch uint8
+
+const (
+	// Stop ends the run with an [ExitError].
+	Stop Touch = iota
+
+	// Float is an empty bus: reads give all ones, writes are dropped.
+	Float
+
+	// Wait keeps the vCPU out of the guest until the host allows the access
+	// again, and completes it then. A read and a write of one instruction are
+	// completed separately: an atomic instruction is not atomic across them.
+	Wait
+)
+
+func (t Touch) String() string {
+	switch t {
+	case Stop:
+		return "stop"
+	case Float:
+		return "float"
+	case Wait:
+		return "wait"
+	}
+	return fmt.Sprintf("touch(%d)", uint8(t))
+}
+
+// Config describes a machine. The zero value of a field means what its comment
+// says.
+type Config struct {
+	RAM        uint64     // bytes of RAM whose mappings may change; a multiple of the page size; 0 is an error
+	VCPUs      int        // 0: one
+	Backing    mm.Backing // of the RAM
+	Spare      uint64     // bytes of host addresses, not mapped, that RAM can be moved to; 0: none
+	Overcommit bool       // allow more RAM than the host has memory and swap
+	Touch      Touch
+	Ring0      bool // start guests at CPL 0, which some hosts emulate, instead of 3
+
+	// Disconnected leaves the tracker out of the notifier's chain, so that the
+	// slots follow nothing: to show, and to test for, what goes wrong then.
+	Disconnected bool
+
+	// Console is given what the guest prints, on its debug port and on its UART.
+	// Writes come from vCPU threads, one at a time. nil: it is dropped.
+	Console io.Writer
+
+	// OnMark is called on the vCPU's thread when the guest reaches a mark. It
+	// may change mappings and must not wait for the machine. With an error the
+	// run ends. nil: marks do nothing.
+	OnMark func(vcpu int, mark uint32) error
+
+	// Log records operations, notifications, slot changes and touches. nil:
+	// nothing is recorded.
+	Log *trace.Log
+}
+
+// Machine is a virtual machine. Its methods may be called from any goroutine.
+type Machine struct {
+	config  Config
+	vm      *kvm.VM
+	memory  *mm.Memory
+	tracker *shadow.Tracker
+	boot    *mm.Region
+	ram     *mm.Region
+	spare   *mm.Region // or nil
+	vcpus   []*vcpu
+	gate    gate
+	devices devices
+
+	mu     sync.Mutex         // protects what follows
+	cancel context.CancelFunc // ends the run in progress; nil: none is
+	done   chan struct{}      // closed when the run in progress has ended
+	err    error              // how the run failed first
+	closed bool
+	booted bool
+}
+
+// New makes a machine with RAM and vCPUs, and nothing in it: see Boot. The
+// caller closes it.
+func New(c Config) (_ *Machine, err error) {
+	if c.VCPUs == 0 {
+		c.VCPUs = 1
+	}
+	if err := c.check(); err != nil {
+		return nil, fmt.Errorf("make a machine: %w", err)
+	}
+	m := &Machine{config: c}
+	m.gate.init()
+	m.devices.console = c.Console
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("make a machine: %w", errors.Join(err, m.free()))
+		}
+	}()
+
+	sys, err := kvm.Open()
+	if err != nil {
+		return nil, err
+	}
+	defer sys.Close() // the VM stays
+	if err := sys.Require(kvm.CapUserMemory, kvm.CapReadonlyMem, kvm.CapImmediateExit, kvm.CapExtCPUID); err != nil {
+		return nil, err
+	}
+	if m.vm, err = sys.CreateVM(); err != nil {
+		return nil, err
+	}
+	slots, err := m.vm.CheckExtension(kvm.CapNrMemslots)
+	if err != nil {
+		return nil, err
+	}
+	as := notifier.New()
+	m.memory = mm.New(as, c.Log)
+	m.tracker = shadow.NewTracker(m.memory, (*backend)(m), uint32(max(slots, minSlots)), c.Log)
+	if !c.Disconnected {
+		if _, err := as.Register(m.tracker); err != nil {
+			return nil, err
+		}
+	}
+	if err := m.addMemory(); err != nil {
+		return nil, err
+	}
+	cpuid, err := sys.SupportedCPUID()
+	if err != nil {
+		return nil, err
+	}
+	for id := range c.VCPUs {
+		cpu, err := m.vm.CreateVCPU(id)
+		if err != nil {
+			return nil, err
+		}
+		m.vcpus = append(m.vcpus, &vcpu{m: m, id: id, cpu: cpu})
+		if err := cpu.SetCPUID2(cpuid); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
+// minSlots is how many slots KVM has where it does not say.
+const minSlots = 32
+
+// ErrConfig is what errors.Is finds in the error of New for a Config that could
+// work on no machine.
+var ErrConfig = errors.New("the configuration is not valid")
+
+// check reports what is wrong with c on every machine, or on this one.
+func (c *Config) check() error {
+	invalid := func(format string, args ...any) error {
+		return fmt.Errorf("%w: %s", ErrConfig, fmt.Sprintf(format, args...))
+	}
+	switch {
+	case c.RAM == 0:
+		return invalid("it has no RAM")
+	case c.RAM%addr.PageSize != 0:
+		return invalid("%d bytes of RAM are not a multiple of the page size, %d", c.RAM, addr.PageSize)
+	case c.RAM > guests.MaxRAM:
+		return invalid("%d bytes of RAM are more than the %d that a guest's page tables can map", c.RAM, uint64(guests.MaxRAM))
+	case c.VCPUs < 1 || c.VCPUs > guests.MaxVCPUs:
+		return invalid("%d vCPUs are not in 1 to %d", c.VCPUs, guests.MaxVCPUs)
+	case c.Spare%addr.PageSize != 0:
+		return invalid("%d spare bytes are not a multiple of the page size, %d", c.Spare, addr.PageSize)
+	case c.Backing != mm.Anonymous && c.Backing != mm.Memfd:
+		return invalid("there is no %v", c.Backing)
+	case c.Touch > Wait:
+		return invalid("there is no %v", c.Touch)
+	}
+	if c.Overcommit {
+		return nil
+	}
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return fmt.Errorf("sysinfo: %w", err)
+	}
+	if has := (info.Totalram + info.Totalswap) * uint64(info.Unit); c.RAM > has {
+		return fmt.Errorf("%d bytes of RAM are more than the %d of memory and swap of this host: %w", c.RAM, has, unix.ENOMEM)
+	}
+	return nil
+}
+
+// addMemory makes the regions and promises them to the guest.
+func (m *Machine) addMemory() (err error) {
+	if m.boot, err = m.memory.NewRegion(mm.RegionConfig{Name: "boot", Size: guests.BootSize, Pinned: true}); err != nil {
+		return err
+	}
+	if m.ram, err = m.memory.NewRegion(mm.RegionConfig{Name: "ram", Size: m.config.RAM, Backing: m.config.Backing}); err != nil {
+		return err
+	}
+	if m.config.Spare != 0 {
+		if m.spare, err = m.memory.NewRegion(mm.RegionConfig{Name: "spare", Size: m.config.Spare, Backing: m.config.Backing, Reserved: true}); err != nil {
+			return err
+		}
+	}
+	as := m.memory.AddressSpace()
+	as.RLock()
+	defer as.RUnlock()
+	if err := m.tracker.AddWindow(shadow.Window{Name: "boot", NPages: m.boot.Range.NPages(), HVA: m.boot.Range.Start}); err != nil {
+		return err
+	}
+	return m.tracker.AddWindow(shadow.Window{Name: "ram", GFN: guests.RAMBase.GFN(), NPages: m.ram.Range.NPages(), HVA: m.ram.Range.Start})
+}
+
+// Close ends the run in progress and frees everything. A second Close does
+// nothing.
+func (m *Machine) Close() error {
+	m.mu.Lock()
+	closed := m.closed
+	m.closed = true
+	if m.cancel != nil {
+		m.cancel()
+	}
+	done := m.done
+	m.mu.Unlock()
+	if closed {
+		return nil
+	}
+	if done != nil {
+		<-done
+	}
+	return m.free()
+}
+
+// free gives everything back. The slots go first, with the tracker's release,
+// then the memory that they were made of.
+func (m *Machine) free() error {
+	var errs []error
+	for _, v := range m.vcpus {
+		errs = append(errs, v.cpu.Close())
+	}
+	if m.memory != nil {
+		errs = append(errs, m.memory.Close())
+	}
+	if m.vm != nil {
+		errs = append(errs, m.vm.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Memory returns the host memory of the machine, whose mappings may be changed.
+func (m *Machine) Memory() *mm.Memory { return m.memory }
+
+// RAM returns the region that the guest's RAM is mapped in at first: guest
+// address guests.RAMBase is its first byte.
+func (m *Machine) RAM() *mm.Region { return m.ram }
+
+// Spare returns the region that Config.Spare asked for, or nil.
+func (m *Machine) Spare() *mm.Region { return m.spare }
+
+// Slots returns the set of memory slots that KVM has at the moment.
+func (m *Machine) Slots() *shadow.Slots { return m.tracker.Slots() }
+
+// SerialInput returns the writer for what the guest's UART receives. Writes do
+// not block: what the guest has not read yet is kept.
+func (m *Machine) SerialInput() io.Writer { return &m.devices.uart }
+
+// Pause returns when no vCPU executes guest code, and none will until Resume. An
+// exit that is being handled may still be completed. Pauses nest. It is not
+// called from OnMark.
+func (m *Machine) Pause() { m.gate.Hold() }
+
+// Resume ends one Pause.
+func (m *Machine) Resume() { m.gate.Release() }
+
+// ReadGuest copies guest memory at gpa to p.
+func (m *Machine) ReadGuest(gpa addr.GPA, p []byte) error {
+	return m.guestBytes(gpa, p, m.memory.ReadAt)
+}
+
+// WriteGuest copies p to guest memory at gpa.
+func (m *Machine) WriteGuest(gpa addr.GPA, p []byte) error {
+	return m.guestBytes(gpa, p, m.memory.WriteAt)
+}
+
+// guestBytes applies an access to the host memory that gpa and what follows are
+// shown from, page by page: neighbours in the guest need not be so in the host.
+func (m *Machine) guestBytes(gpa addr.GPA, p []byte, access func([]byte, addr.HVA) error) error {
+	for len(p) > 0 {
+		n := min(uint64(len(p)), addr.PageSize-gpa.Offset())
+		hva, err := m.hva(gpa)
+		if err != nil {
+			return err
+		}
+		if err := access(p[:n], hva); err != nil {
+			return fmt.Errorf("%v: %w", gpa, err)
+		}
+		gpa, p = gpa+addr.GPA(n), p[n:]
+	}
+	return nil
+}
+
+// Load64 reads the 8 bytes at gpa, a multiple of 8, as one atomic access.
+func (m *Machine) Load64(gpa addr.GPA) (uint64, error) {
+	hva, err := m.hva(gpa)
+	if err != nil {
+		return 0, err
+	}
+	return m.memory.Load64(hva)
+}
+
+// Store64 writes the 8 bytes at gpa, a multiple of 8, as one atomic access.
+func (m *Machine) Store64(gpa addr.GPA, v uint64) error {
+	hva, err := m.hva(gpa)
+	if err != nil {
+		return err
+	}
+	return m.memory.Store64(hva, v)
+}
+
+// Result reads a result word of a vCPU's guest; word 0 is its progress.
+func (m *Machine) Result(vcpu, word int) (uint64, error) {
+	return m.Load64(guests.ResultGPA(vcpu, word))
+}
+
+// hva returns the host address that gpa is shown from.
+func (m *Machine) hva(gpa addr.GPA) (addr.HVA, error) {
+	hva, ok := m.tracker.Slots().HVA(gpa)
+	if !ok {
+		return 0, fmt.Errorf("%v is not guest RAM: %w", gpa, unix.EFAULT)
+	}
+	return hva, nil
+}
+
+// backend installs the tracker's slots in KVM, behind the gate.
+type backend Machine
+
+func (b *backend) Hold()    { b.gate.Hold() }
+func (b *backend) Release() { b.gate.Release() }
+
+func (b *backend) CreateSlot(s shadow.Slot) error {
+	r := kvm.MemoryRegion{Slot: s.ID, GPA: s.GFN.GPA(), Size: s.NPages << addr.PageShift, HVA: s.HVA}
+	if s.Access&addr.Write == 0 {
+		r.Flags = kvm.MemReadonly
+	}
+	return b.vm.SetMemoryRegion(r)
+}
+
+func (b *backend) DeleteSlot(s shadow.Slot) error {
+	return b.vm.SetMemoryRegion(kvm.MemoryRegion{Slot: s.ID, GPA: s.GFN.GPA()})
+}
