@@ -264,11 +264,9 @@ func (t *Tracker) deriveLocked(windows []Window, inv *notifier.Invalidation) []S
 // with is published.
 func (t *Tracker) applyLocked(windows []Window, want []Slot, op uint64) error {
 	old := t.current.Load()
-	var deletes, creates, next []Slot
+	var deletes, creates []Slot
 	for _, s := range old.slots {
-		if i, ok := slices.BinarySearchFunc(want, s, compareSlots); ok && want[i].sameMapping(s) {
-			next = append(next, s)
-		} else {
+		if i, ok := slices.BinarySearchFunc(want, s, compareSlots); !ok || !want[i].sameMapping(s) {
 			deletes = append(deletes, s)
 		}
 	}
