@@ -189,7 +189,8 @@ var story = []struct {
 }
 
 // Run boots a guest and tells the story. An error says that there could be no
-// guest; what goes wrong later is in the report.
+// guest, or that it could not be ended; what goes wrong in between is in the
+// report.
 func Run(ctx context.Context) (*Report, error) {
 	return run(ctx, vm.Config{}, func(*vm.Machine) {})
 }

@@ -81,8 +81,14 @@ var table = []Guest{
 	}},
 }
 
-// All returns the built-in guests.
-func All() []Guest { return slices.Clone(table) }
+// All returns the built-in guests. Their Params are not nil.
+func All() []Guest {
+	all := slices.Clone(table)
+	for i := range all {
+		all[i].Params = append([]Param{}, all[i].Params...)
+	}
+	return all
+}
 
 // Lookup returns the guest of that name.
 func Lookup(name string) (Guest, error) {

@@ -343,7 +343,11 @@ func operands(inst *x86asm.Inst, regs *kvm.Regs, sregs *kvm.Sregs) []operand {
 			case x86asm.GS:
 				gva += sregs.GS.Base
 			}
-			ops = append(ops, operand{addr.GVA(gva), max(inst.MemBytes, 1)})
+			n := inst.MemBytes
+			if n == 0 {
+				n = stringBytes(inst.Op)
+			}
+			ops = append(ops, operand{addr.GVA(gva), n})
 		}
 	}
 	const word = 8
@@ -356,6 +360,20 @@ func operands(inst *x86asm.Inst, regs *kvm.Regs, sregs *kvm.Sregs) []operand {
 		ops = append(ops, operand{addr.GVA(regs.Rbp), word})
 	}
 	return ops
+}
+
+// stringBytes returns the size of a string instruction's element, which the
+// decoder leaves out, and 1 for other instructions.
+func stringBytes(op x86asm.Op) int {
+	switch op {
+	case x86asm.MOVSQ, x86asm.STOSQ, x86asm.LODSQ, x86asm.CMPSQ, x86asm.SCASQ:
+		return 8
+	case x86asm.MOVSD, x86asm.STOSD, x86asm.LODSD, x86asm.CMPSD, x86asm.SCASD, x86asm.INSD, x86asm.OUTSD:
+		return 4
+	case x86asm.MOVSW, x86asm.STOSW, x86asm.LODSW, x86asm.CMPSW, x86asm.SCASW, x86asm.INSW, x86asm.OUTSW:
+		return 2
+	}
+	return 1
 }
 
 // register returns the value of a register that addresses memory.

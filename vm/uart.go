@@ -1,11 +1,17 @@
 package vm
 
-import "sync"
+import (
+	"fmt"
+	"os"
+	"sync"
+)
 
 // uart is as much of a 16550 as polled drivers need: characters go out at once,
 // and characters that came in wait to be read. It raises no interrupts.
 type uart struct {
 	mu      sync.Mutex // protects what follows; a leaf
+	read    sync.Cond  // signalled when input is read, and when the line is closed
+	closed  bool       // nothing more comes in
 	input   []byte     // received and not read yet
 	ier     byte
 	lcr     byte
@@ -41,20 +47,36 @@ const (
 	msrConnected = 0xb0 // carrier, ready, and clear to send
 
 	// maxInput bounds what is kept for a guest that does not read.
-	maxInput = 1 << 20
+	maxInput = 1 << 16
 )
 
-// Write gives the guest characters to receive. If more than a megabyte are
-// waiting, the rest is lost, as on a wire.
-func (u *uart) Write(p []byte) (int, error) {
+func (u *uart) init() { u.read.L = &u.mu }
+
+// Write gives the guest characters to receive. It blocks while too many wait to
+// be read, and fails with os.ErrClosed once close was called.
+func (u *uart) Write(p []byte) (n int, err error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	u.receiveLocked(p...)
-	return len(p), nil
+	for len(p) > 0 {
+		for len(u.input) == maxInput && !u.closed {
+			u.read.Wait()
+		}
+		if u.closed {
+			return n, fmt.Errorf("write to the serial port: %w", os.ErrClosed)
+		}
+		part := p[:min(len(p), maxInput-len(u.input))]
+		u.input = append(u.input, part...)
+		p, n = p[len(part):], n+len(part)
+	}
+	return n, nil
 }
 
-func (u *uart) receiveLocked(p ...byte) {
-	u.input = append(u.input, p[:min(len(p), maxInput-len(u.input))]...)
+// close makes writers that wait, and those to come, fail.
+func (u *uart) close() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.closed = true
+	u.read.Broadcast()
 }
 
 // in reads a register.
@@ -72,6 +94,7 @@ func (u *uart) in(reg uint16) byte {
 		}
 		c := u.input[0]
 		u.input = u.input[1:]
+		u.read.Broadcast()
 		return c
 	case uartIER:
 		if latch {
@@ -107,7 +130,9 @@ func (u *uart) out(reg uint16, b byte) (c byte, sent bool) {
 		case latch:
 			u.divisor[0] = b
 		case u.mcr&mcrLoop != 0:
-			u.receiveLocked(b)
+			if len(u.input) < maxInput { // more is lost, as on a line
+				u.input = append(u.input, b)
+			}
 		default:
 			return b, true
 		}

@@ -2,7 +2,10 @@ package vm
 
 import (
 	"bytes"
+	"errors"
+	"os"
 	"testing"
+	"time"
 )
 
 func TestUART(t *testing.T) {
@@ -29,7 +32,7 @@ func TestUART(t *testing.T) {
 		"FIFO control":            {"", []step{write(uartIIR, 0xc7), read(uartIIR, iirNone)}, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			var u uart
+			u := newUART()
 			if _, err := u.Write([]byte(tt.input)); err != nil {
 				t.Fatal(err)
 			}
@@ -50,15 +53,45 @@ func TestUART(t *testing.T) {
 	}
 }
 
-func TestUARTInputIsBounded(t *testing.T) {
-	var u uart
-	for range 3 {
-		if n, err := u.Write(make([]byte, maxInput/2+1)); n != maxInput/2+1 || err != nil {
-			t.Fatalf("Write returned %d, %v", n, err)
+func newUART() *uart {
+	u := new(uart)
+	u.init()
+	return u
+}
+
+// TestUARTWriteWaits gives a guest more than is kept for it: the writer waits
+// until the guest has read enough, and fails when the line is closed.
+func TestUARTWriteWaits(t *testing.T) {
+	u := newUART()
+	const more = 3
+	written := make(chan int)
+	write := func(n int) {
+		n, err := u.Write(make([]byte, n))
+		if err != nil && !errors.Is(err, os.ErrClosed) {
+			t.Error(err)
 		}
+		written <- n
 	}
-	if len(u.input) != maxInput {
-		t.Errorf("%d bytes are kept, want %d", len(u.input), maxInput)
+	go write(maxInput + more)
+	for range more {
+		select {
+		case n := <-written:
+			t.Fatalf("%d bytes were taken, but only %d are kept", n, maxInput)
+		case <-time.After(time.Millisecond):
+		}
+		for u.in(uartLSR)&lsrReady == 0 {
+			time.Sleep(time.Millisecond)
+		}
+		u.in(uartData)
+	}
+	if n := <-written; n != maxInput+more {
+		t.Errorf("Write took %d bytes, want %d", n, maxInput+more)
+	}
+	go write(1)
+	time.Sleep(time.Millisecond)
+	u.close()
+	if n := <-written; n != 0 {
+		t.Errorf("a write to a closed line took %d bytes", n)
 	}
 }
 
@@ -67,12 +100,12 @@ func TestUARTInputIsBounded(t *testing.T) {
 func FuzzUART(f *testing.F) {
 	f.Add([]byte{0x10, 'a', 0x00, 0, 0x83, 0x80})
 	f.Fuzz(func(t *testing.T, prog []byte) {
-		var u uart
+		u := newUART()
 		var fed, got []byte
 		for ; len(prog) >= 2; prog = prog[2:] {
 			reg := uint16(prog[0] % uartPorts)
 			switch {
-			case prog[0]&0x10 != 0:
+			case prog[0]&0x10 != 0 && len(u.input) < maxInput:
 				fed = append(fed, prog[1])
 				u.Write(prog[1:2])
 			case prog[0]&0x80 != 0:

@@ -37,16 +37,17 @@ func (m *Machine) Start(ctx context.Context) error {
 	defer m.mu.Unlock()
 	switch {
 	case m.closed:
-		return fmt.Errorf("start a machine: it is closed")
+		return errors.New("start a machine: it is closed")
 	case !m.booted:
-		return fmt.Errorf("start a machine: there is no guest in it")
+		return errors.New("start a machine: there is no guest in it")
 	case m.cancel != nil:
-		return fmt.Errorf("start a machine: it is running")
+		return errors.New("start a machine: it is running")
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	m.cancel, m.done, m.err = cancel, make(chan struct{}), nil
 	m.gate.restart()
-	unhook := context.AfterFunc(ctx, m.gate.stop)
+	stopped := make(chan struct{})
+	unhook := context.AfterFunc(ctx, func() { m.gate.stop(); close(stopped) })
 
 	var threads sync.WaitGroup
 	for _, v := range m.vcpus {
@@ -59,7 +60,9 @@ func (m *Machine) Start(ctx context.Context) error {
 	done := m.done
 	go func() {
 		threads.Wait()
-		unhook()
+		if !unhook() {
+			<-stopped // so that it cannot stop the next run
+		}
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		if err := context.Cause(ctx); err != nil && m.err == nil && !m.exited() {
@@ -105,7 +108,11 @@ func (m *Machine) Done() <-chan struct{} {
 // error is how the run failed: an *[ExitError], what OnMark or the console
 // returned, or the cause of the context.
 func (m *Machine) Wait() (status int, err error) {
-	<-m.Done()
+	done := m.Done()
+	if done == nil {
+		return 0, errors.New("wait for a machine: it has not been started")
+	}
+	<-done
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, v := range m.vcpus {
@@ -135,7 +142,9 @@ func (v *vcpu) run(ctx context.Context) error {
 			return err
 		}
 	}
-	for !v.exited && v.m.gate.enter(v) {
+	// With an access pending the guest must not run: the context may be done
+	// before the gate is stopped, and KVM would complete the access as it is.
+	for !v.exited && v.pending == nil && v.m.gate.enter(v) {
 		changes := v.m.memory.Changes()
 		exit, err := v.cpu.Run()
 		v.m.gate.leave(v)

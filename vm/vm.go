@@ -128,6 +128,7 @@ func New(c Config) (_ *Machine, err error) {
 	m := &Machine{config: c}
 	m.gate.init()
 	m.devices.console = c.Console
+	m.devices.uart.init()
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("make a machine: %w", errors.Join(err, m.free()))
@@ -139,7 +140,7 @@ func New(c Config) (_ *Machine, err error) {
 		return nil, err
 	}
 	defer sys.Close() // the VM stays
-	if err := sys.Require(kvm.CapUserMemory, kvm.CapReadonlyMem, kvm.CapImmediateExit, kvm.CapExtCPUID); err != nil {
+	if err := sys.Require(Capabilities()...); err != nil {
 		return nil, err
 	}
 	if m.vm, err = sys.CreateVM(); err != nil {
@@ -151,7 +152,7 @@ func New(c Config) (_ *Machine, err error) {
 	}
 	as := notifier.New()
 	m.memory = mm.New(as, c.Log)
-	m.tracker = shadow.NewTracker(m.memory, (*backend)(m), uint32(max(slots, minSlots)), c.Log)
+	m.tracker = shadow.NewTracker(m.memory, (*backend)(m), uint32(slots), c.Log)
 	if !c.Disconnected {
 		if _, err := as.Register(m.tracker); err != nil {
 			return nil, err
@@ -177,8 +178,11 @@ func New(c Config) (_ *Machine, err error) {
 	return m, nil
 }
 
-// minSlots is how many slots KVM has where it does not say.
-const minSlots = 32
+// Capabilities returns what New requires of KVM. CapSyncMMU is KVM's word that
+// the guest follows changes to the host's mappings: everything here rests on it.
+func Capabilities() []kvm.Cap {
+	return []kvm.Cap{kvm.CapUserMemory, kvm.CapSyncMMU, kvm.CapReadonlyMem, kvm.CapImmediateExit, kvm.CapExtCPUID, kvm.CapNrMemslots}
+}
 
 // ErrConfig is what errors.Is finds in the error of New for a Config that could
 // work on no machine.
@@ -254,6 +258,7 @@ func (m *Machine) Close() error {
 	if closed {
 		return nil
 	}
+	m.devices.uart.close()
 	if done != nil {
 		<-done
 	}
@@ -289,8 +294,9 @@ func (m *Machine) Spare() *mm.Region { return m.spare }
 // Slots returns the set of memory slots that KVM has at the moment.
 func (m *Machine) Slots() *shadow.Slots { return m.tracker.Slots() }
 
-// SerialInput returns the writer for what the guest's UART receives. Writes do
-// not block: what the guest has not read yet is kept.
+// SerialInput returns the writer for what the guest's UART receives. What the
+// guest has not read yet is kept, up to 64 KiB; a Write of more blocks until the
+// guest has read enough, or fails with os.ErrClosed once the machine is closed.
 func (m *Machine) SerialInput() io.Writer { return &m.devices.uart }
 
 // Pause returns when no vCPU executes guest code, and none will until Resume. An
