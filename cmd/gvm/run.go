@@ -1,0 +1,177 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/secondmmu/gvm/guests"
+	"github.com/secondmmu/gvm/mm"
+	"github.com/secondmmu/gvm/vm"
+)
+
+// runConfig is what a command line of "gvm run" asks for.
+type runConfig struct {
+	guest   guests.Guest
+	args    guests.Args
+	machine vm.Config
+	timeout time.Duration // 0: none
+	stdin   bool
+	json    bool
+}
+
+func runCommand() *cli.Command {
+	cfg := &runConfig{machine: vm.Config{RAM: 16 << 20}}
+	return command(&cli.Command{
+		Name:      "run",
+		Usage:     "boot a guest, with its console on standard output",
+		ArgsUsage: "GUEST [NAME=VALUE ...]",
+		Description: `GUEST is one of those that "gvm guests" lists, and NAME=VALUE one of its
+parameters. An endless guest runs until it is interrupted, or --timeout ends it.
+
+The exit status is the guest's own, 0 to 255, if it exits by itself: the first
+that is not 0 among those of its vCPUs. Otherwise it is 1 if the guest failed,
+was interrupted or timed out, or its console could not be written, 2 if the
+command line makes no sense, and 3 if the machine lacks something. Then there is
+a message on standard error.
+
+The report of --json has guest, status (null if the guest did not exit by
+itself), error (empty if there was none), for each of the vcpus its progress,
+and seconds.`,
+		Flags: []cli.Flag{
+			&cli.GenericFlag{Name: "mem", Value: (*size)(&cfg.machine.RAM), Usage: "give the guest `SIZE` of RAM: in MiB, or with a suffix K, M or G"},
+			&cli.IntFlag{Name: "vcpus", Value: 1, Destination: &cfg.machine.VCPUs, Usage: "give the guest `N` vCPUs"},
+			&cli.GenericFlag{Name: "backing", Value: &choice[mm.Backing]{&cfg.machine.Backing, []mm.Backing{mm.Anonymous, mm.Memfd}},
+				Usage: "map RAM from `KIND` of memory: anonymous or memfd"},
+			&cli.GenericFlag{Name: "touch", Value: &choice[vm.Touch]{&cfg.machine.Touch, []vm.Touch{vm.Stop, vm.Float, vm.Wait}},
+				Usage: "`WHAT` happens when the guest uses RAM that is not there: stop, float (an empty bus) or wait"},
+			&cli.DurationFlag{Name: "timeout", Destination: &cfg.timeout, DefaultText: "none", Usage: "end the run after `DURATION`, such as 1.5s"},
+			&cli.BoolFlag{Name: "stdin", Destination: &cfg.stdin, DisableDefaultText: true,
+				Usage: "give standard input to the guest's serial port, and an end of transmission (Ctrl-D) after it"},
+			&cli.BoolFlag{Name: "json", Destination: &cfg.json, DisableDefaultText: true,
+				Usage: "print a report as JSON when the run has ended; the console goes to standard error"},
+		},
+		Action: func(c *cli.Context) error {
+			if err := cfg.parse(c.Args().Slice()); err != nil {
+				return misuse(c, err)
+			}
+			status, err := run(c.Context, cfg, c.App.Reader, c.App.Writer, c.App.ErrWriter)
+			switch {
+			case errors.Is(err, vm.ErrConfig):
+				return misuse(c, err)
+			case err != nil:
+				return err
+			}
+			return exitStatus(status)
+		},
+	})
+}
+
+// parse reads the guest and its parameters, and checks what the flags have left
+// unchecked.
+func (cfg *runConfig) parse(args []string) (err error) {
+	if len(args) == 0 {
+		return errors.New(`which guest? "gvm guests" lists them`)
+	}
+	if cfg.guest, err = guests.Lookup(args[0]); err != nil {
+		return err
+	}
+	cfg.args = guests.Args{}
+	for _, arg := range args[1:] {
+		if strings.HasPrefix(arg, "-") {
+			return fmt.Errorf("flags go before the guest: put %s before %s", arg, args[0])
+		}
+		if err := cfg.guest.Parse(cfg.args, arg); err != nil {
+			return err
+		}
+	}
+	if n := cfg.machine.VCPUs; n < 1 || n > guests.MaxVCPUs {
+		return fmt.Errorf("%d vCPUs are not in 1 to %d", n, guests.MaxVCPUs)
+	}
+	if cfg.timeout < 0 {
+		return fmt.Errorf("a timeout of %v is negative", cfg.timeout)
+	}
+	_, err = cfg.guest.ParamPage(cfg.args, cfg.machine.VCPUs, cfg.machine.RAM) // what depends on the size of RAM
+	return err
+}
+
+// runReport is the document of "gvm run --json".
+type runReport struct {
+	Guest   string       `json:"guest"`
+	Status  *int         `json:"status"` // nil: the guest did not exit by itself
+	Error   string       `json:"error"`  // why not
+	VCPUs   []vcpuReport `json:"vcpus"`
+	Seconds float64      `json:"seconds"` // that the vCPUs ran, by the clock on the wall
+}
+
+type vcpuReport struct {
+	Progress uint64 `json:"progress"` // the guest's count of what it does
+}
+
+// run boots the guest and returns the status that it exits with.
+func run(ctx context.Context, cfg *runConfig, stdin io.Reader, stdout, stderr io.Writer) (status int, err error) {
+	cfg.machine.Console = stdout
+	if cfg.json {
+		cfg.machine.Console = stderr
+	}
+	m, err := vm.New(cfg.machine)
+	if err != nil {
+		return 0, lack(err)
+	}
+	defer func() { err = errors.Join(err, m.Close()) }()
+	if err := m.Boot(cfg.guest, cfg.args); err != nil {
+		return 0, lack(err)
+	}
+
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	if cfg.timeout > 0 {
+		var stop context.CancelFunc
+		ctx, stop = context.WithTimeoutCause(ctx, cfg.timeout, fmt.Errorf("timed out after %v", cfg.timeout))
+		defer stop()
+	}
+	if cfg.stdin {
+		// A read of standard input cannot be called off: this may outlive the
+		// run, by no more than what is left of the process.
+		go func() {
+			if err := feed(m.SerialInput(), stdin); err != nil {
+				cancel(err)
+			}
+		}()
+	}
+
+	begin := time.Now()
+	status, err = m.Run(ctx)
+	seconds := time.Since(begin).Seconds()
+	if !cfg.json {
+		return status, err
+	}
+	r := runReport{Guest: cfg.guest.Name, Seconds: seconds}
+	if err == nil {
+		r.Status = &status
+	} else {
+		r.Error = err.Error()
+	}
+	for i := range cfg.machine.VCPUs {
+		progress, failed := m.Result(i, 0)
+		err = errors.Join(err, failed)
+		r.VCPUs = append(r.VCPUs, vcpuReport{progress})
+	}
+	return status, errors.Join(err, writeJSON(stdout, r))
+}
+
+// feed gives the guest what r has and then, as a terminal's Ctrl-D would, an end
+// of transmission: a serial line has no other end.
+func feed(serial io.Writer, r io.Reader) error {
+	const endOfTransmission = 4
+	if _, err := io.Copy(serial, r); err != nil {
+		return fmt.Errorf("standard input: %w", err)
+	}
+	_, err := serial.Write([]byte{endOfTransmission})
+	return err
+}
