@@ -37,6 +37,9 @@ const (
 	MaxArgs      = (addr.PageSize - ParamArgs) / 8
 )
 
+// MaxPrint is the most bytes that one write to PortPrint prints.
+const MaxPrint = addr.PageSize
+
 // ResultWords is the number of result words of a vCPU. Word 0 is its progress.
 const ResultWords = 16
 
@@ -47,6 +50,7 @@ const (
 	PortUART    = 0x3f8 // a 16550, 8 ports
 	PortExit    = 0x500 // out, 4 bytes: this vCPU is done, with this status
 	PortMark    = 0x504 // out, 4 bytes: tell the host that this point was reached
+	PortPrint   = 0x508 // out, 4 bytes: address of a string for the console, up to a zero, at most MaxPrint bytes
 )
 
 // The result words of the guest probe, and its operations.

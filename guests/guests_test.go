@@ -82,7 +82,7 @@ func TestABI(t *testing.T) {
 	want := map[string]uint64{
 		"PARAM_VCPUS": ParamVCPUs, "PARAM_RAM": ParamRAM, "PARAM_RAM_SIZE": ParamRAMSize, "PARAM_ARGS": ParamArgs,
 		"RESULT_WORDS": ResultWords, "RESULT_PROGRESS": 0, "RESULT_SUM": 8 * TouchSum,
-		"PORT_CONSOLE": PortConsole, "PORT_NOP": PortNop, "PORT_UART": PortUART, "PORT_EXIT": PortExit, "PORT_MARK": PortMark,
+		"PORT_CONSOLE": PortConsole, "PORT_NOP": PortNop, "PORT_UART": PortUART, "PORT_EXIT": PortExit, "PORT_MARK": PortMark, "PORT_PRINT": PortPrint,
 		"PAGE":         addr.PageSize,
 		"PROBE_POSTED": 8 * ProbePosted, "PROBE_OP": 8 * ProbeOp, "PROBE_ADDR": 8 * ProbeAddr, "PROBE_VALUE": 8 * ProbeValue, "PROBE_RESULT": 8 * ProbeResult,
 		"PROBE_LOAD": ProbeLoad, "PROBE_STORE": ProbeStore, "PROBE_ADD": ProbeAdd, "PROBE_EXIT": ProbeExit,

@@ -1,10 +1,12 @@
 package vm
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"sync"
 
+	"github.com/secondmmu/gvm/addr"
 	"github.com/secondmmu/gvm/guests"
 	"github.com/secondmmu/gvm/kvm"
 )
@@ -30,6 +32,22 @@ func (d *devices) print(p []byte) error {
 	return nil
 }
 
+// print writes the string at gpa to the console.
+func (v *vcpu) print(gpa addr.GPA) error {
+	text := make([]byte, guests.MaxPrint)
+	n := int(addr.PageSize - gpa.Offset()) // what follows this page may not be there, nor needed
+	for read := 0; read < len(text); n = len(text) {
+		if err := v.m.ReadGuest(gpa+addr.GPA(read), text[read:n]); err != nil {
+			return fmt.Errorf("vCPU %d: the guest prints a string that is not in its memory: %w", v.id, err)
+		}
+		if end := bytes.IndexByte(text[read:n], 0); end >= 0 {
+			return v.m.devices.print(text[:read+end])
+		}
+		read = n
+	}
+	return v.m.devices.print(text)
+}
+
 // portIO carries out an access to a port, one element after the other.
 func (v *vcpu) portIO(e *kvm.IOExit) error {
 	d := &v.m.devices
@@ -47,6 +65,8 @@ func (v *vcpu) portIO(e *kvm.IOExit) error {
 			if c, ok := d.uart.out(port-guests.PortUART, element[0]); ok {
 				err = d.print([]byte{c})
 			}
+		case port == guests.PortPrint && !e.In:
+			err = v.print(addr.GPA(le(element)))
 		case port == guests.PortExit && !e.In:
 			v.exited, v.status = true, int(le(element)&0xff)
 			return nil

@@ -1,12 +1,10 @@
 # hello prints a greeting and exits.
 	.include "abi.inc"
-	leaq	greeting(%rip), %rsi
-	movl	$length, %ecx
-	movw	$PORT_CONSOLE, %dx
-	rep outsb
+	leaq	greeting(%rip), %rax
+	movw	$PORT_PRINT, %dx
+	outl	%eax, %dx
 	ARG	0, %rax			# status
 	EXIT
 
 greeting:
-	.ascii	"Hello from a guest in long mode at CPL 3.\n"
-	.set length, . - greeting
+	.asciz	"Hello from a guest in long mode at CPL 3.\n"
