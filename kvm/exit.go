@@ -359,7 +359,7 @@ func (c *VCPU) decode(area []byte) (Exit, error) {
 
 func (c *VCPU) decodeIO(area []byte, p *runIO) (Exit, error) {
 	n, start := uint64(p.size)*uint64(p.count), p.dataOffset
-	if end := uint64(len(area)); start < uint64(sizeofRunArea) || start > end || n > end-start {
+	if end := uint64(len(area)); p.size == 0 || start < uint64(sizeofRunArea) || start > end || n > end-start {
 		return nil, fmt.Errorf("KVM_EXIT_IO: %d of %d bytes at offset 0x%x do not lie in the 0x%x bytes of the run area after struct kvm_run",
 			p.count, p.size, start, end)
 	}

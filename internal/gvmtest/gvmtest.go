@@ -109,6 +109,7 @@ func leaks(before []string) (code int) {
 		fmt.Fprintf(os.Stderr, "goroutines left behind: %v\n", err)
 		code = 1
 	}
+	before = slices.Clone(before)
 	for _, r := range resources() {
 		if i := slices.Index(before, r); i >= 0 {
 			before = slices.Delete(before, i, i+1)
