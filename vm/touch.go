@@ -192,15 +192,17 @@ func (v *vcpu) record(u use, what string) {
 	v.m.config.Log.Record(trace.Event{Kind: trace.Touch, Name: what, VCPU: v.id, GFN: addr.GFNRange{Start: gfn, End: gfn + 1}, Acc: u.access})
 }
 
-// faults counts the EFAULTs that a vCPU met in a row without getting on.
+// faults is the EFAULTs that a vCPU met in a row without getting on.
 type faults struct {
-	n   int
-	rip uint64
+	rip   uint64
+	since time.Time
+	pause time.Duration // before the next try
 }
 
-// maxFaults is how many EFAULTs at one instruction are borne that nothing
-// explains: a mapping that somebody else replaces can be missing for a moment.
-const maxFaults = 8
+// faultPatience is how long EFAULTs at one instruction are borne that nothing
+// explains: a mapping that somebody else replaces can be missing for a moment,
+// and that somebody can be off its processor in the middle.
+const faultPatience = 200 * time.Millisecond
 
 // handleFault finds out why KVM_RUN could not reach the host memory of a slot.
 // The guest is as it was before the instruction, which can be run again.
@@ -225,11 +227,15 @@ func (v *vcpu) handleFault(ctx context.Context, changes uint64) error {
 		if v.m.memory.Changes() != changes {
 			return nil // a change of ours came in between, and is complete now
 		}
-		if v.faults.rip != regs.Rip {
-			v.faults = faults{rip: regs.Rip}
+		if f := &v.faults; f.rip != regs.Rip || f.since.IsZero() {
+			*f = faults{rip: regs.Rip, since: time.Now(), pause: 50 * time.Microsecond}
 		}
-		if v.faults.n++; v.faults.n < maxFaults {
-			time.Sleep(time.Duration(v.faults.n) * 100 * time.Microsecond)
+		if time.Since(v.faults.since) < faultPatience {
+			select {
+			case <-time.After(v.faults.pause):
+			case <-ctx.Done():
+			}
+			v.faults.pause = min(2*v.faults.pause, 10*time.Millisecond)
 			return nil
 		}
 	}
