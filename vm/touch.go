@@ -192,11 +192,12 @@ func (v *vcpu) record(u use, what string) {
 	v.m.config.Log.Record(trace.Event{Kind: trace.Touch, Name: what, VCPU: v.id, GFN: addr.GFNRange{Start: gfn, End: gfn + 1}, Acc: u.access})
 }
 
-// faults is the EFAULTs that a vCPU met in a row without getting on.
+// faults is a series of EFAULTs at one instruction. Tries of one series are
+// closer to each other than faultPatience.
 type faults struct {
-	rip   uint64
-	since time.Time
-	pause time.Duration // before the next try
+	rip         uint64
+	since, last time.Time
+	pause       time.Duration // before the next try
 }
 
 // faultPatience is how long EFAULTs at one instruction are borne that nothing
@@ -227,15 +228,16 @@ func (v *vcpu) handleFault(ctx context.Context, changes uint64) error {
 		if v.m.memory.Changes() != changes {
 			return nil // a change of ours came in between, and is complete now
 		}
-		if f := &v.faults; f.rip != regs.Rip || f.since.IsZero() {
-			*f = faults{rip: regs.Rip, since: time.Now(), pause: 50 * time.Microsecond}
+		f, now := &v.faults, time.Now()
+		if f.rip != regs.Rip || now.Sub(f.last) > faultPatience {
+			*f = faults{rip: regs.Rip, since: now, pause: 50 * time.Microsecond}
 		}
-		if time.Since(v.faults.since) < faultPatience {
+		if f.last = now; now.Sub(f.since) < faultPatience {
 			select {
-			case <-time.After(v.faults.pause):
+			case <-time.After(f.pause):
 			case <-ctx.Done():
 			}
-			v.faults.pause = min(2*v.faults.pause, 10*time.Millisecond)
+			f.pause = min(2*f.pause, 10*time.Millisecond)
 			return nil
 		}
 	}
