@@ -104,7 +104,7 @@ var ErrExited = errors.New("the address space has exited")
 // chains is the domain in whose read sections every chain is walked. All
 // address spaces share one, as in Linux: a domain for each would cost memory by
 // the address space, and grace periods are rare.
-var chains srcu.Domain
+var chains = srcu.Default()
 
 // AddressSpace is the host address space that guest memory is mapped in, as far
 // as subscribers need to know it.
