@@ -525,10 +525,11 @@ func TestStoppedWhileWaiting(t *testing.T) {
 	}
 	for range 3 {
 		ctx, cancel := context.WithCancel(context.Background())
+		before := touches(m)
 		if err := m.Start(ctx); err != nil {
 			t.Fatal(err)
 		}
-		for before := touches(m); touches(m) == before; {
+		for touches(m) == before {
 			time.Sleep(100 * time.Microsecond)
 		}
 		cancel()
