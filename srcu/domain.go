@@ -108,7 +108,12 @@ func (d *Domain) DownRead() (idx int) {
 }
 
 // UpRead closes the section that DownRead opened with the token idx.
-func (d *Domain) UpRead(idx int) { d.ReadUnlock(idx) }
+func (d *Domain) UpRead(idx int) {
+	if debug {
+		idx = d.closed(idx)
+	}
+	d.unlock(idx)
+}
 
 // lock counts the begin of a section. The plain increment has no rival: until
 // procUnpin the goroutine has its P, and so the shard, to itself. It is in memory
@@ -256,19 +261,16 @@ func (d *Domain) Cleanup() error {
 	if d.dead.Load() {
 		return fmt.Errorf("srcu: clean up a domain: %w", os.ErrClosed)
 	}
-	queued, ran, idle := d.callbacks.state(d)
-	busy := BusyError{Callbacks: int(queued - ran), Readers: d.inside(), Handles: len(d.readers()), GracePeriod: !idle}
-	if d.gp.TryLock() {
-		defer d.gp.Unlock()
-	} else {
-		busy.GracePeriod = true
-	}
+	queued, ran, done := d.callbacks.state(d)
+	busy := BusyError{Callbacks: int(queued - ran), Readers: d.inside(), Handles: len(d.readers()), GracePeriod: !done || d.seq.Load()&seqState != idle}
 	if d.mutant == cleanupIgnoresReaders {
 		busy.Readers = 0
 	}
 	if busy != (BusyError{}) {
 		return &busy
 	}
+	d.gp.Lock() // whoever ran the last grace period may be about to let go of it
+	defer d.gp.Unlock()
 	d.dead.Store(true)
 	d.plain, d.shards = nil, nil
 	return nil

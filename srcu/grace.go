@@ -94,11 +94,15 @@ func (d *Domain) gracePeriod() {
 	if asymmetric && d.mutant != noMembarrier {
 		membarrier()
 	}
-	if d.mutant != flipFirst && d.mutant != noScan1 {
-		d.drain(1 - d.idx.Load()&1)
+	unused := 1 - d.idx.Load()&1
+	if d.mutant == flipFirst {
+		d.idx.Add(1)
+	}
+	if d.mutant != noScan1 {
+		d.drain(unused)
 	}
 	d.seq.Add(scan2 - scan1)
-	if d.mutant != noFlip {
+	if d.mutant != noFlip && d.mutant != flipFirst {
 		d.idx.Add(1)
 	}
 	d.drain(1 - d.idx.Load()&1)
@@ -203,8 +207,9 @@ func (d *Domain) StartPoll() Cookie {
 // reported true for a cookie it always does.
 func (d *Domain) Poll(c Cookie) bool {
 	d.alive("Poll")
-	return c == CompletedState || d.ended(uint64(c>>1))
+	return c == CompletedState || d.ended(uint64(c>>seqShift))
 }
 
-// cookie makes n distinct from CompletedState.
-func cookie(n uint64) Cookie { return Cookie(n<<1 | 1) }
+// cookie makes n distinct from CompletedState. It drops the bits of n that the
+// sequence word has not, in which one number may differ from itself after a wrap.
+func cookie(n uint64) Cookie { return Cookie(n<<seqShift | 1) }

@@ -1,0 +1,305 @@
+package srcu
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"text/tabwriter"
+	"time"
+)
+
+// budget is what a check that has to be lucky may take for one mutant.
+const budget = time.Second
+
+// mutants are the defects that the checks of this package are known to see. Those
+// of an updater are switched on in the domain; those of a reader are readers of
+// this file, which count as they should not.
+var mutants = []struct {
+	id, defect string
+	mutant     mutant
+	domain     func() *Domain         // nil: New
+	reader     func(d *Domain) reader // nil: the domain itself
+	check      check                  // nil: see why
+	by         string                 // the invariant that the check is of
+	luck       bool                   // the check needs two processors and luck; package model needs neither
+	why        string                 // there is no check
+}{
+	{id: "SM1", defect: "no first wait", mutant: noScan1, check: checkStalledReader, by: "S7 stalled reader"},
+	{id: "SM2", defect: "no flip", mutant: noFlip, check: checkOpenSections, by: "S3 open sections"},
+	{id: "SM3", defect: "opened summed first", mutant: locksFirst, check: checkSums(openOn, closeOn), by: "S6 sections between the sums", luck: true},
+	{id: "SM4", defect: "one counter, up and down", check: checkSums(openOn, countDown), by: "S6 sections between the sums", luck: true},
+	{id: "SM5", defect: "closed in the current rank", reader: func(d *Domain) reader { return currentRank{d} }, check: checkTokenRank, by: "S8 rank of the token"},
+	{id: "SM6", defect: "no fence after counting", mutant: noMembarrier, reader: func(d *Domain) reader { return plainReader{d} }, check: checkStoreBuffers(budget), by: "S2 store buffers", luck: true},
+	{id: "SM7", defect: "no fence before counting", why: "stores are not reordered with earlier accesses on amd64, others add atomically: package model"},
+	{id: "SM8", defect: "no fence after the flip", why: "every atomic operation of an updater is one: package model"},
+	{id: "SM9", defect: "joins a grace period", mutant: joinRunning, check: checkCookieUnderWay, by: "S13 cookie under way"},
+	{id: "SM10", defect: "flip before the first wait", mutant: flipFirst, check: checkIdxStandsStill, by: "S4 idx stands still"},
+	{id: "SM11", defect: "grace periods overlap", mutant: noMutex, check: checkOneAtATime, by: "S3 one at a time"},
+	{id: "SM12", defect: "Barrier is Synchronize", mutant: barrierSynchronizes, check: checkBarrierWaits, by: "S11 Barrier waits"},
+	{id: "SM13", defect: "Barrier counts from 0", why: "Barrier counts nothing down: there is one queue, in order"},
+	{id: "SM14", defect: "Barrier skips a running one", mutant: barrierSkipsRunning, check: checkBarrierWaits, by: "S11 Barrier waits"},
+	{id: "SM15", defect: "callbacks early", mutant: callbacksEarly, check: checkCallbackAfterItsGracePeriod, by: "S10 its grace period"},
+	{id: "SM16", defect: "a Head queued twice", mutant: requeue, check: checkHeadTwice, by: "S21 a Head twice"},
+	{id: "SM17", defect: "Poll compares exactly", mutant: pollExactly, check: checkPollStays, by: "S14 Poll stays true"},
+	{id: "SM18", defect: "counters overlooked", mutant: missRest, domain: func() *Domain { return new(Domain) }, check: checkOpenSections, by: "S3 open sections"},
+	{id: "SM18'", defect: "a list for each sum", mutant: listPerSum, check: func(b bed) error { return checkClosedBetweenSums(b.d, budget) }, by: "S6 reader closed in between", luck: true},
+	{id: "SM19", defect: "counters taken away", reader: func(d *Domain) reader { return &vanishing{Reader: d.NewReader()} }, check: checkOpenSections, by: "S3 open sections"},
+	{id: "SM20", defect: "Cleanup ignores readers", mutant: cleanupIgnoresReaders, check: checkCleanupSeesReaders, by: "S18 Cleanup sees readers"},
+	{id: "SM21", defect: "neither fence nor membarrier", mutant: noMembarrier, check: checkStoreBuffers(budget), by: "S2 store buffers", luck: true},
+	{id: "SM22", defect: "wake-up before counting", why: "readers wake nobody"},
+	{id: "SM23", defect: "closed >= opened", mutant: unlocksAtLeast, check: checkWrappedSum, by: "S19 wrapped sum"},
+	{id: "SM24", defect: "idx kept across sections", reader: func(d *Domain) reader { return &keepsIdx{d: d} }, check: checkLaterSections, by: "S4 later sections"},
+}
+
+// TestMutants has each check find the defect that it is there for, and find
+// nothing in a domain without it.
+func TestMutants(t *testing.T) {
+	var out strings.Builder
+	w := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
+	fmt.Fprint(w, "mutant\tdefect\tcaught by\tafter\n")
+	for _, m := range mutants {
+		if m.check == nil {
+			fmt.Fprintf(w, "%s\t%s\tnot applicable\t%s\n", m.id, m.defect, m.why)
+			continue
+		}
+		domain := m.domain
+		if domain == nil {
+			domain = New
+		}
+		if m.by != "S2 store buffers" && !strings.HasPrefix(m.by, "S6") { // those run for long, in their own tests
+			if err := m.check(newBed(domain(), false, (*Domain).Synchronize)); err != nil {
+				t.Errorf("%s: without the defect: %v", m.id, err)
+			}
+		}
+		d := domain()
+		d.mutant = m.mutant
+		b := newBed(d, false, (*Domain).Synchronize)
+		b.patience = 200 * time.Millisecond
+		if m.reader != nil {
+			b.newReader = func() (reader, func()) { return m.reader(d), func() {} }
+		}
+		start := time.Now()
+		err := m.check(b)
+		after := time.Since(start)
+		switch {
+		case err != nil:
+			fmt.Fprintf(w, "%s\t%s\t%s\t%v\n", m.id, m.defect, m.by, after.Round(time.Microsecond))
+			t.Logf("%s: %v", m.id, err)
+		case m.luck:
+			fmt.Fprintf(w, "%s\t%s\tpackage model; not seen here\t%v\n", m.id, m.defect, after.Round(time.Millisecond))
+		default:
+			fmt.Fprintf(w, "%s\t%s\tnobody\t%v\n", m.id, m.defect, after)
+			t.Errorf("%s survives: %s", m.id, m.defect)
+		}
+	}
+	w.Flush()
+	t.Logf("\n%s", &out)
+}
+
+// currentRank closes a section in the rank that is in use, not in its own.
+type currentRank struct{ d *Domain }
+
+func (r currentRank) ReadLock() int  { return r.d.lock() }
+func (r currentRank) ReadUnlock(int) { r.d.unlock(int(r.d.idx.Load() & 1)) }
+
+// keepsIdx looks at idx once, and never again.
+type keepsIdx struct {
+	d       *Domain
+	fetched bool
+	i       uint64
+}
+
+func (r *keepsIdx) ReadLock() int {
+	if !r.fetched {
+		r.i, r.fetched = r.d.idx.Load()&1, true
+	}
+	atomic.AddUint64(&r.d.rest.locks[r.i], 1)
+	return int(r.i)
+}
+
+func (r *keepsIdx) ReadUnlock(idx int) { atomic.AddUint64(&r.d.rest.unlocks[idx], 1) }
+
+// plainReader counts on the first shard with plain stores in every build, also
+// in one whose updaters take every increment for a fence.
+type plainReader struct{ d *Domain }
+
+//go:norace
+func (r plainReader) ReadLock() int {
+	i := r.d.idx.Load() & 1
+	r.d.shards[0].locks[i]++
+	return int(i)
+}
+
+//go:norace
+func (r plainReader) ReadUnlock(idx int) { r.d.shards[0].unlocks[idx]++ }
+
+// vanishing is off its domain's list before its sections are closed: what Close
+// panics about.
+type vanishing struct{ *Reader }
+
+func (r *vanishing) ReadLock() int {
+	defer r.d.handles.Store(new([]*Reader))
+	i := r.d.idx.Load() & 1
+	inc(&r.locks[i])
+	return int(i)
+}
+
+func (r *vanishing) ReadUnlock(idx int) { inc(&r.unlocks[idx]) }
+
+// countDown closes a section by taking 1 off what opening it has added.
+func countDown(d *Domain, shard int, i uint64) {
+	atomic.AddUint64(&d.shards[shard].locks[i], ^uint64(0))
+}
+
+// checkSums is checkBetweenSums as a check.
+func checkSums(open, close func(d *Domain, shard int, i uint64)) check {
+	return func(b bed) error { return checkBetweenSums(b.d, budget, open, close) }
+}
+
+// checkOneAtATime has somebody ask for a grace period while one is under way: until
+// that one has ended, idx and seq are its own.
+func checkOneAtATime(b bed) error {
+	r, closeReader := b.newReader()
+	defer closeReader()
+	token := r.ReadLock()
+	first := background(func() { b.wait(b.d) })
+	if !eventually(flipped(b.d, token)) {
+		panic("srcu: a grace period does not flip")
+	}
+	idx, seq := b.d.idx.Load(), b.d.seq.Load()
+	second := background(func() { b.wait(b.d) })
+	var err error
+	if !b.never(func() bool { return b.d.idx.Load() != idx || b.d.seq.Load() != seq }) {
+		err = fmt.Errorf("during a grace period idx went from %d to %d and seq from %#x to %#x", idx, b.d.idx.Load(), seq, b.d.seq.Load())
+	}
+	r.ReadUnlock(token)
+	<-first
+	<-second
+	return err
+}
+
+// checkHeadTwice queues a Head that is queued. Nobody is there to run callbacks.
+func checkHeadTwice(b bed) error {
+	d := Domain{mutant: b.d.mutant}
+	d.callbacks.working = true
+	var h Head
+	d.Call(&h, func(*Head) {})
+	if panics(func() { d.Call(&h, func(*Head) {}) }) == "" {
+		return errors.New("a Head that is queued already is queued again")
+	}
+	return nil
+}
+
+// checkCleanupSeesReaders cleans up a domain with a section open.
+func checkCleanupSeesReaders(b bed) error {
+	r, closeReader := b.newReader()
+	defer closeReader()
+	idx := r.ReadLock()
+	err := b.d.Cleanup()
+	if err == nil {
+		return errors.New("a domain with an open section is cleaned up") // and the section cannot be closed
+	}
+	r.ReadUnlock(idx)
+	return nil
+}
+
+// checkStoreBuffers looks for a section that a grace period misses although it
+// did not see what was written before: its increment was in the reader's store
+// buffer. The buffer empties in order, and slowly after stores to cold lines. The
+// updater aims at the instant at which the reader loads.
+func checkStoreBuffers(budget time.Duration) check {
+	return func(b bed) error { return storeBuffers(b, budget) }
+}
+
+func storeBuffers(b bed, budget time.Duration) error {
+	if runtime.GOMAXPROCS(0) < 2 || runtime.NumCPU() < 2 {
+		return nil // both would have one store buffer
+	}
+	var (
+		v     vars // y is the last run whose grace period has ended
+		meet  = newMeeting()
+		last  atomic.Uint64 // the run to stop at
+		err   error         // set by the reader before that
+		tally [2]struct {   // of the last run and of the one before
+			early bool // the reader did not see x
+			_     [ShardSize]byte
+		}
+	)
+	done := background(func() {
+		r, closeReader := b.newReader()
+		defer closeReader()
+		rng := rand.New(rand.NewPCG(0, 0))
+		cold := make([]uint64, 1<<20)
+		for i := range cold {
+			cold[i] = 1 // have them there: a page fault is a fence
+		}
+		var lines [40]int
+		for run := uint64(1); ; run++ {
+			for i := range lines {
+				lines[i] = rng.IntN(len(cold))
+			}
+			meet.wait(run)
+			if run == last.Load() {
+				return
+			}
+			for _, i := range lines {
+				cold[i] = run
+			}
+			idx := r.ReadLock()
+			early := v.x.Load() != run
+			for n := 0; early && n < 400; n++ { // the grace period has to wait
+				if v.y.Load() == run {
+					err = fmt.Errorf("run %d: a grace period ended with a section open that had not seen what was written before", run)
+					last.Store(run + 1)
+					break
+				}
+			}
+			r.ReadUnlock(idx)
+			tally[run&1].early = early
+		}
+	})
+	deadline := time.Now().Add(budget)
+	pause := 0
+	for run := uint64(1); ; run++ {
+		if time.Now().After(deadline) {
+			last.CompareAndSwap(0, run)
+		}
+		meet.wait(run)
+		if run == last.Load() {
+			break
+		}
+		if tally[1-run&1].early {
+			pause = max(pause-1, 0)
+		} else {
+			pause++
+		}
+		for range pause {
+			meet.arrived.Load()
+		}
+		v.x.Store(run)
+		b.wait(b.d)
+		v.y.Store(run)
+	}
+	<-done
+	return err
+}
+
+// TestS2StoreBuffers has the check that finds the mutants without fences look at
+// the real thing.
+func TestS2StoreBuffers(t *testing.T) {
+	length := 60 * time.Millisecond
+	if *torture > 0 {
+		length = *torture / time.Duration(len(flavours))
+	}
+	for _, fl := range flavours {
+		t.Run("readers="+fl.name, func(t *testing.T) {
+			if err := storeBuffers(newBed(fl.domain(), fl.handle, (*Domain).Synchronize), length); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
