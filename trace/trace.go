@@ -93,11 +93,10 @@ func (l *Log) Record(e Event) {
 	if l == nil {
 		return
 	}
-	now := time.Since(l.start)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.next++
-	e.Seq, e.Time = l.next, now
+	e.Seq, e.Time = l.next, time.Since(l.start) // under the lock: times grow as the numbers do
 	l.ring[(l.next-1)%uint64(len(l.ring))] = e
 }
 
