@@ -26,7 +26,7 @@ import (
 func TestMain(m *testing.M) { gvmtest.Main(m) }
 
 var (
-	torture  = flag.Duration("torture", 0, "torture for this long, and make ten million runs of each litmus test")
+	torture  = flag.Duration("torture", 0, "torture for this long, and make ten million runs of each litmus test, which takes minutes")
 	seedFlag = flag.Uint64("seed", 0, "seed of the random tests; 0: a new one each time")
 )
 

@@ -498,7 +498,7 @@ func newMeeting() *meeting {
 	if runtime.GOMAXPROCS(0) == 1 {
 		return &meeting{spins: 1}
 	}
-	return &meeting{spins: 1 << 13}
+	return &meeting{spins: 1 << 11}
 }
 
 func (m *meeting) wait(round uint64) {

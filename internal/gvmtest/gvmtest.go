@@ -37,9 +37,16 @@ const (
 // test instead if GVM_REQUIRE lists f.
 func Need(t testing.TB, f Feature) {
 	t.Helper()
-	err := probe(f)
+	if err := probe(f); err != nil {
+		Lack(t, f, err)
+	}
+}
+
+// Lack is Need for a test that has found out by itself, by err, that the machine
+// lacks a part of f.
+func Lack(t testing.TB, f Feature, err error) {
+	t.Helper()
 	switch {
-	case err == nil:
 	case slices.Contains(strings.Split(os.Getenv("GVM_REQUIRE"), ","), string(f)):
 		t.Fatalf("GVM_REQUIRE lists %q, but this machine lacks it: %v", f, err)
 	default:

@@ -101,7 +101,7 @@ func TestDevice(t *testing.T) {
 	gvmtest.Need(t, gvmtest.Root)
 	raw, err := newByDevice()
 	if errors.Is(err, fs.ErrNotExist) {
-		t.Skip(err)
+		gvmtest.Lack(t, gvmtest.UFFD, err)
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -131,7 +131,7 @@ func TestOpenUnprivileged(t *testing.T) {
 	gvmtest.Need(t, gvmtest.Root)
 	sysctl, err := os.ReadFile("/proc/sys/vm/unprivileged_userfaultfd")
 	if err != nil {
-		t.Skip(err)
+		gvmtest.Lack(t, gvmtest.UFFD, err)
 	}
 	dev, err := os.Stat(string(Device))
 	permitted := string(sysctl) == "1\n" || err == nil && dev.Mode()&6 == 6
