@@ -157,10 +157,10 @@ func TestScanResumes(t *testing.T) {
 	}
 }
 
-// TestScanWritten follows one page through protection and a store.
-func TestScanWritten(t *testing.T) {
+// openUFFD returns a userfaultfd that tracks writes, closed with the test.
+func openUFFD(t *testing.T) *uffd.FD {
+	t.Helper()
 	gvmtest.Need(t, gvmtest.UFFD)
-	p := open(t)
 	u, err := uffd.Open(uffd.WPAsync)
 	if errors.Is(err, unix.EINVAL) {
 		gvmtest.Lack(t, gvmtest.UFFD, err)
@@ -168,7 +168,13 @@ func TestScanWritten(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer u.Close()
+	t.Cleanup(func() { u.Close() })
+	return u
+}
+
+// TestScanWritten follows one page through protection and a store.
+func TestScanWritten(t *testing.T) {
+	p, u := open(t), openUFFD(t)
 	b, m := mapPages(t, 4, -1)
 	for i := 0; i < len(b); i += addr.PageSize {
 		b[i] = 1
@@ -201,16 +207,7 @@ func TestScanWritten(t *testing.T) {
 
 // TestScanPassesOver protects a range of which one half is not registered.
 func TestScanPassesOver(t *testing.T) {
-	gvmtest.Need(t, gvmtest.UFFD)
-	p := open(t)
-	u, err := uffd.Open(uffd.WPAsync)
-	if errors.Is(err, unix.EINVAL) {
-		gvmtest.Lack(t, gvmtest.UFFD, err)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer u.Close()
+	p, u := open(t), openUFFD(t)
 	b, m := mapPages(t, 2, -1)
 	b[0], b[addr.PageSize] = 1, 1
 	if err := u.Register(page(m, 0), uffd.ModeWP); err != nil {
