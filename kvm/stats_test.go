@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+
+	"github.com/secondmmu/gvm/internal/gvmtest"
 )
 
 func TestStats(t *testing.T) {
@@ -44,7 +46,7 @@ func TestStats(t *testing.T) {
 	for _, st := range []*Stats{vm, vcpu} {
 		checkReadAll(t, st)
 	}
-	if n := testing.AllocsPerRun(20, func() { _, _ = vcpu.Read("exits") }); n != 0 && !raceEnabled { // unix.Pread tells the race detector
+	if n := testing.AllocsPerRun(20, func() { _, _ = vcpu.Read("exits") }); n != 0 && !gvmtest.Race { // unix.Pread tells the race detector
 		t.Errorf("Read allocates %v times", n)
 	}
 }

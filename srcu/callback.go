@@ -33,7 +33,8 @@ type callbacks struct {
 // Callbacks of a domain run one after the other, in the order of their calls:
 // fn is short, does not block, and calls none of Synchronize, Barrier and Cleanup
 // of the domain. New sections may be open while it runs. From when fn begins, h
-// may be queued again; before that Call panics.
+// may be queued again; before that Call panics. If fn panics, that ends the
+// process.
 func (d *Domain) Call(h *Head, fn func(*Head)) {
 	d.alive("Call")
 	if !h.queued.CompareAndSwap(false, true) && d.mutant != requeue {
@@ -74,7 +75,8 @@ func (c *callbacks) need(d *Domain, n uint64) {
 	c.startLocked(d)
 }
 
-// work runs grace periods and callbacks until there is nothing left to do.
+// work runs grace periods and callbacks until there is nothing left to do. A panic
+// in either ends the process: this goroutine has no caller that could recover.
 func (c *callbacks) work(d *Domain) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

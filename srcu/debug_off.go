@@ -1,4 +1,4 @@
-//go:build !srcu_debug
+//go:build !gvm_debug
 
 package srcu
 
@@ -9,3 +9,4 @@ const debug = false
 func (d *Domain) opened(idx int, owned bool) int { return idx }
 func (d *Domain) closed(idx int) int             { return idx }
 func (d *Domain) notInside(what string)          {}
+func (d *Domain) openedAt(i uint64) []string     { return nil }

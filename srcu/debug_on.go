@@ -1,13 +1,15 @@
-//go:build srcu_debug
+//go:build gvm_debug
 
 package srcu
 
 import (
-	"bytes"
 	"fmt"
+	"maps"
 	"runtime"
-	"strconv"
+	"slices"
 	"sync"
+
+	"github.com/secondmmu/gvm/internal/goid"
 )
 
 const debug = true
@@ -30,7 +32,7 @@ var sections struct {
 func (d *Domain) opened(idx int, owned bool) int {
 	s := section{d: d, where: caller(3)}
 	if owned {
-		s.goroutine = goroutine()
+		s.goroutine = goid.Get()
 	}
 	sections.mu.Lock()
 	defer sections.mu.Unlock()
@@ -51,7 +53,7 @@ func (d *Domain) closed(token int) int {
 	if !ok || s.d != d {
 		panic(fmt.Sprintf("srcu: ReadUnlock at %s with the token %d, whose section is closed already or of another domain", caller(3), token))
 	}
-	if s.goroutine != 0 && s.goroutine != goroutine() {
+	if s.goroutine != 0 && s.goroutine != goid.Get() {
 		panic(fmt.Sprintf("srcu: ReadUnlock at %s of a section that another goroutine opened at %s; DownRead and UpRead are for that", caller(3), s.where))
 	}
 	delete(sections.open, token)
@@ -60,7 +62,7 @@ func (d *Domain) closed(token int) int {
 
 // notInside panics if the goroutine is inside a section of d.
 func (d *Domain) notInside(what string) {
-	self := goroutine()
+	self := goid.Get()
 	sections.mu.Lock()
 	defer sections.mu.Unlock()
 	for _, s := range sections.open {
@@ -70,18 +72,19 @@ func (d *Domain) notInside(what string) {
 	}
 }
 
+// openedAt returns where the open sections of rank i were opened, in order.
+func (d *Domain) openedAt(i uint64) (places []string) {
+	sections.mu.Lock()
+	defer sections.mu.Unlock()
+	for _, token := range slices.Sorted(maps.Keys(sections.open)) {
+		if s := sections.open[token]; s.d == d && uint64(token&1) == i {
+			places = append(places, s.where)
+		}
+	}
+	return places
+}
+
 func caller(skip int) string {
 	_, file, line, _ := runtime.Caller(skip)
 	return fmt.Sprintf("%s:%d", file, line)
-}
-
-// goroutine returns the number of the calling goroutine, which is in the first
-// line of its stack trace and nowhere else.
-func goroutine() uint64 {
-	var buf [64]byte
-	line := buf[:runtime.Stack(buf[:], false)]
-	line = bytes.TrimPrefix(line, []byte("goroutine "))
-	digits, _, _ := bytes.Cut(line, []byte(" "))
-	n, _ := strconv.ParseUint(string(digits), 10, 64)
-	return n
 }

@@ -72,9 +72,32 @@
 // srcu_fenced, and under the race detector the increments are atomic additions
 // instead, which are fences, and membarrier is not used. What the race detector
 // checks is thus the same protocol with its orderings spelled out, not a part of
-// it left out: the two differ in how a counter is incremented, in lock, unlock and
-// inc, and in the membarrier that pairs with it. Which of them it is, is decided
-// before the first section and does not change.
+// it left out: the two differ in how a counter is incremented, in lock, unlock, inc
+// and Reader.ReadUnlock, and in the membarrier that pairs with it. Which of them it
+// is, is decided before the first section and does not change.
+//
+// # Misuse
+//
+// What can be seen at once is a panic that changes nothing: a token that ReadLock
+// does not give, a [Head] that is queued already, a [Reader] that is closed inside
+// a section, use after [Domain.Cleanup].
+//
+// A section that was closed twice, or never opened, is seen by the next grace
+// period that waits for its rank, which panics. It has not ended, and the domain
+// is as it was: the next Synchronize waits as this one did and finds the same,
+// Stats and Cleanup answer, other domains go on. But the counts stay wrong. From
+// then on a section that is open can make up for the one too many and be missed:
+// such a domain guarantees nothing any more. Where the grace period is run for
+// callbacks or StartPoll, there is nobody to recover, and the panic ends the
+// process.
+//
+// A section that is never closed, such as one that waits for itself in
+// Synchronize, is a stall, and is reported; see [Domain.OnStall].
+//
+// With the build tag gvm_debug every section is recorded. A token that is used
+// twice, in another domain or by another goroutine is then a panic at once, and so
+// is Synchronize or Barrier inside a section of the same goroutine. They say where
+// the section was opened, and so does the report of a stall.
 //
 // # Cost
 //

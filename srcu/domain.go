@@ -49,6 +49,7 @@ type Domain struct {
 	gpStart  atomic.Int64  // when the one under way began, in nanoseconds since epoch; 0: none is
 	longest  atomic.Int64  // the longest so far, in nanoseconds
 
+	stall     atomic.Pointer[stallRule] // nil: defaultStallRule
 	callbacks callbacks
 	dead      atomic.Bool // cleaned up
 
@@ -219,6 +220,21 @@ func (r *Reader) ReadUnlock(idx int) {
 	if debug {
 		idx = r.d.closed(idx)
 	}
+	if uint(idx) < 2 && asymmetric {
+		r.unlocks[idx]++ // as inc does
+		return
+	}
+	r.unlockSlow(idx)
+}
+
+// unlockSlow keeps what is rare out of ReadUnlock, which is compiled into its
+// callers only as long as it is this small.
+//
+//go:noinline
+func (r *Reader) unlockSlow(idx int) {
+	if idx < 0 || idx > 1 {
+		panic(badToken(idx))
+	}
 	inc(&r.unlocks[idx])
 }
 
@@ -278,13 +294,17 @@ func (d *Domain) Cleanup() error {
 
 // inside returns the number of sections that are open. It is exact if none is
 // opened or closed meanwhile.
-func (d *Domain) inside() (n uint64) {
+func (d *Domain) inside() uint64 {
 	readers := d.readers()
-	for i := range uint64(2) {
-		unlocks := d.sum(readers, i, (*cell).closedIn)
-		n += max(d.sum(readers, i, (*cell).openedIn), unlocks) - unlocks
-	}
-	return n
+	return d.insideRank(readers, 0) + d.insideRank(readers, 1)
+}
+
+// insideRank is inside for one rank. One in which more sections were closed than
+// opened counts as empty.
+func (d *Domain) insideRank(readers []*Reader, i uint64) uint64 {
+	unlocks := d.sum(readers, i, (*cell).closedIn)
+	locks := d.sum(readers, i, (*cell).openedIn)
+	return uint64(max(int64(locks-unlocks), 0))
 }
 
 // Stats is what a domain has done and is doing.

@@ -51,6 +51,9 @@ func (d *Domain) ended(n uint64) bool {
 // Synchronize returns once every read section of d that was open when it was
 // called has been closed. It blocks for as long as they last. Calls at the same
 // time share grace periods. It says nothing of callbacks: for those see Barrier.
+//
+// It panics if it finds that more sections were closed than opened; for what that
+// means see Misuse in the package comment.
 func (d *Domain) Synchronize() { d.synchronize("Synchronize") }
 
 // SynchronizeExpedited is Synchronize at the cost of more processor time: it
@@ -81,13 +84,22 @@ func (d *Domain) runUntil(n uint64) {
 	}
 }
 
-// gracePeriod runs one grace period.
+// gracePeriod runs one grace period. If it panics, none has ended: seq is what it
+// was, and whoever took a cookie meanwhile waits for one more than he has to.
 //
 // Preconditions: d.gp is held.
 func (d *Domain) gracePeriod() {
-	start := time.Since(epoch)
+	before, start := d.seq.Load(), time.Since(epoch)
+	ended := false
+	defer func() {
+		if !ended {
+			d.seq.Store(before)
+		}
+		d.gpStart.Store(0)
+	}()
 	d.gpStart.Store(int64(start))
 	d.seq.Add(scan1 - idle)
+	watch := watchdog{start: start}
 
 	// From here on every section that is not yet counted sees what was written
 	// before this grace period was asked for; see the package comment.
@@ -99,16 +111,16 @@ func (d *Domain) gracePeriod() {
 		d.idx.Add(1)
 	}
 	if d.mutant != noScan1 {
-		d.drain(unused)
+		d.drain(unused, &watch)
 	}
 	d.seq.Add(scan2 - scan1)
 	if d.mutant != noFlip && d.mutant != flipFirst {
 		d.idx.Add(1)
 	}
-	d.drain(1 - d.idx.Load()&1)
+	d.drain(1-d.idx.Load()&1, &watch)
 
 	d.seq.Add(1<<seqShift - scan2)
-	d.gpStart.Store(0)
+	ended = true
 	if took := time.Since(epoch) - start; int64(took) > d.longest.Load() {
 		d.longest.Store(int64(took))
 	}
@@ -117,7 +129,7 @@ func (d *Domain) gracePeriod() {
 // drain waits until no section is open in rank i. It looks again and again, so
 // readers have nobody to wake: at first at once, later after sleeping, longer
 // and longer unless somebody is in a hurry.
-func (d *Domain) drain(i uint64) {
+func (d *Domain) drain(i uint64, watch *watchdog) {
 	const (
 		spins, spinsInHurry = 32, 4096
 		shortest, longest   = 20 * time.Microsecond, time.Millisecond
@@ -129,6 +141,7 @@ func (d *Domain) drain(i uint64) {
 			runtime.Gosched()
 			continue
 		}
+		watch.look(d, i)
 		time.Sleep(pause)
 		if pause = min(2*pause, longest); hurry {
 			pause = shortest
@@ -138,6 +151,9 @@ func (d *Domain) drain(i uint64) {
 
 // drained reports whether there was an instant during the call at which every
 // section that had been opened in rank i before the call was closed.
+//
+// It panics if more sections were closed than opened, unless as many are open, which
+// looks the same as none.
 //
 // Both sums are over the same readers: the closed sections of one that closes in
 // between must not stand for the open section of another. One that registers

@@ -26,7 +26,7 @@ import (
 func TestMain(m *testing.M) { gvmtest.Main(m) }
 
 var (
-	torture  = flag.Duration("torture", 0, "torture for this long, and make ten million runs of each litmus test, which takes minutes")
+	torture  = flag.Duration("torture", 0, "torture for this long, have readers leave sleeping updaters for as long or a million times, and make ten million runs of each litmus test, which takes minutes")
 	seedFlag = flag.Uint64("seed", 0, "seed of the random tests; 0: a new one each time")
 )
 
@@ -120,6 +120,15 @@ func each(t *testing.T, f func(t *testing.T, b bed)) {
 	}
 }
 
+// eachReader runs a test that waits in a way of its own for every way to read.
+func eachReader(t *testing.T, f func(t *testing.T, b bed)) {
+	for _, fl := range flavours {
+		t.Run("readers="+fl.name, func(t *testing.T) {
+			f(t, newBed(fl.domain(), fl.handle, (*Domain).Synchronize))
+		})
+	}
+}
+
 func newBed(d *Domain, handle bool, wait func(*Domain)) bed {
 	b := bed{d: d, newReader: func() (reader, func()) { return d, func() {} }, wait: wait, patience: patience}
 	if handle {
@@ -162,10 +171,12 @@ func background(f func()) <-chan struct{} {
 }
 
 func closedWithin(done <-chan struct{}, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
 	select {
 	case <-done:
 		return true
-	case <-time.After(d):
+	case <-timer.C:
 		return false
 	}
 }
@@ -178,6 +189,14 @@ func eventually(cond func() bool) bool {
 		}
 	}
 	return true
+}
+
+// await is eventually for what the rest of a test or check stands on. There is no
+// way back from it: somebody would be left inside, and somebody waiting.
+func await(what string, cond func() bool) {
+	if !eventually(cond) {
+		panic(fmt.Sprintf("the test waited %v in vain for %s", limit, what))
+	}
 }
 
 // rank returns the rank in which a section is counted, of which its token tells.
@@ -194,6 +213,19 @@ func (b bed) never(cond func() bool) bool {
 	return true
 }
 
+// early reports whether what must not end yet does so all the same. It does not
+// sleep: that takes longer than patience asks for.
+func (b bed) early(done <-chan struct{}) bool {
+	return !b.never(func() bool {
+		select {
+		case <-done:
+			return true
+		default:
+			return false
+		}
+	})
+}
+
 // lockInRank opens a section as a reader does that fetched idx when i was the
 // rank in use. Nobody else may look at the domain at the same time.
 func lockInRank(d *Domain, r reader, i uint64) (token int) {
@@ -203,15 +235,17 @@ func lockInRank(d *Domain, r reader, i uint64) (token int) {
 	return r.ReadLock()
 }
 
-// under reports whether a grace period is under way and has reached a state.
-func under(d *Domain, state uint64) func() bool {
-	return func() bool { return d.seq.Load()&seqState == state && d.gpStart.Load() != 0 }
+// awaitScan waits for a grace period to reach a state, in which somebody keeps it.
+func awaitScan(d *Domain, state uint64) {
+	await("a grace period to wait for an open section", func() bool { return d.seq.Load()&seqState == state })
 }
 
-// flipped reports whether the grace period under way has flipped, and so waits
-// for the section that was open before.
-func flipped(d *Domain, token int) func() bool {
-	return func() bool { return under(d, scan2)() && d.idx.Load()&1 != rank(token) }
+// awaitFlip waits for a grace period to have flipped, and so to wait for the
+// section of a token that was open before.
+func awaitFlip(d *Domain, token int) {
+	await("a grace period to flip", func() bool {
+		return d.seq.Load()&seqState == scan2 && d.idx.Load()&1 != rank(token)
+	})
 }
 
 // A book says who is in a section: a word for each reader, odd while it is inside.
@@ -241,11 +275,17 @@ func (b book) open(then []uint64) (n int) {
 }
 
 // crowd has n readers open short sections, nested and not, and enter them in a
-// book, until stop is called.
+// book, and somebody wait for them again and again, until stop is called.
 func crowd(b bed, n int) (bk book, stop func()) {
 	bk = make(book, n)
 	var done atomic.Bool
 	var readers sync.WaitGroup
+	updater := background(func() {
+		for !done.Load() {
+			b.wait(b.d)
+			runtime.Gosched()
+		}
+	})
 	for i := range n {
 		readers.Go(func() {
 			r, closeReader := b.newReader()
@@ -271,6 +311,7 @@ func crowd(b bed, n int) (bk book, stop func()) {
 	}
 	return bk, func() {
 		done.Store(true)
+		<-updater // while there are readers
 		readers.Wait()
 	}
 }
@@ -353,7 +394,7 @@ func checkOpenSections(b bed) error {
 		done := background(func() { b.wait(b.d) })
 		var err error
 		for _, i := range order {
-			if err == nil && closedWithin(done, b.patience) {
+			if err == nil && b.early(done) {
 				err = fmt.Errorf("a grace period ended with a section of rank %d open", i)
 			}
 			r.ReadUnlock(tokens[i])
@@ -410,9 +451,7 @@ func checkLaterSections(b bed) error {
 	r2.ReadUnlock(r2.ReadLock())
 	first := r1.ReadLock()
 	done := background(func() { b.wait(b.d) })
-	if !eventually(flipped(b.d, first)) {
-		panic("srcu: a grace period does not flip")
-	}
+	awaitFlip(b.d, first)
 	second := r2.ReadLock()
 	late := rank(second) == rank(first)
 	r1.ReadUnlock(first)
@@ -445,33 +484,44 @@ func checkIdxStandsStill(b bed) error {
 	return nil
 }
 
-// TestS5ReadersNeverWait holds every lock of a domain, with a grace period under
-// way, and opens sections all the same.
+// TestS5ReadersNeverWait holds every lock of a domain, in each of the two waits of
+// a grace period, and opens sections all the same.
 func TestS5ReadersNeverWait(t *testing.T) {
 	each(t, func(t *testing.T, b bed) {
-		r, closeReader := b.newReader()
-		defer closeReader()
-		b.d.gp.Lock()
-		b.d.handlesMu.Lock()
-		b.d.callbacks.mu.Lock()
-		sections := background(func() {
-			for range 1000 {
-				r.ReadUnlock(r.ReadLock())
+		for _, state := range []uint64{scan1, scan2} {
+			asleep, closeAsleep := b.newReader()
+			r, closeReader := b.newReader()
+			i := b.d.idx.Load() & 1
+			if state == scan1 {
+				i = 1 - i
 			}
-		})
-		if !closedWithin(sections, limit) {
-			t.Error("a reader waits for a lock")
+			token := lockInRank(b.d, asleep, i)
+			done := background(func() { b.wait(b.d) }) // it holds gp
+			awaitScan(b.d, state)
+			b.d.handlesMu.Lock()
+			b.d.callbacks.mu.Lock()
+			sections := background(func() {
+				for range 1000 {
+					r.ReadUnlock(r.ReadLock())
+				}
+			})
+			if !closedWithin(sections, limit) {
+				t.Errorf("a reader waits for a lock in wait %d of a grace period", state)
+			}
+			b.d.callbacks.mu.Unlock()
+			b.d.handlesMu.Unlock()
+			<-sections
+			asleep.ReadUnlock(token)
+			<-done
+			closeAsleep()
+			closeReader()
 		}
-		b.d.callbacks.mu.Unlock()
-		b.d.handlesMu.Unlock()
-		b.d.gp.Unlock()
-		<-sections
 	})
 }
 
 func TestS5ReadSectionDoesNotAllocate(t *testing.T) {
 	if debug {
-		return // a debug build records every section
+		t.Skip("a debug build records every section")
 	}
 	d := New()
 	r := d.NewReader()
@@ -482,14 +532,37 @@ func TestS5ReadSectionDoesNotAllocate(t *testing.T) {
 		"zero domain": func() { zero.ReadUnlock(zero.ReadLock()) },
 		"handed over": func() { d.UpRead(d.DownRead()) },
 		"reader":      func() { r.ReadUnlock(r.ReadLock()) },
+		"domain, and a grace period": func() {
+			d.ReadUnlock(d.ReadLock())
+			d.Synchronize()
+		},
 	} {
 		if n := testing.AllocsPerRun(1000, section); n != 0 {
-			t.Errorf("a section of a %s allocates %v times, want 0", name, n)
+			t.Errorf("a section (%s) allocates %v times, want 0", name, n)
 		}
 	}
 }
 
+// TestS6UnlockOnAnotherShard closes sections on another shard than they were opened
+// on: on every other one, counted by hand, and by two goroutines that spin at the
+// same time and so are on two Ps.
 func TestS6UnlockOnAnotherShard(t *testing.T) {
+	d := new(Domain)
+	d.shards = make([]shard, 3)
+	for i := range uint64(2) {
+		for opened := range d.shards {
+			for closed := range d.shards {
+				openOn(d, opened, i)
+				if d.drained(i) || !d.drained(1-i) {
+					t.Errorf("with a section of rank %d open on shard %d: rank %d is drained: %v, rank %d: %v", i, opened, i, d.drained(i), 1-i, d.drained(1-i))
+				}
+				closeOn(d, closed, i)
+				if !d.drained(i) {
+					t.Errorf("rank %d is not drained after a section was opened on shard %d and closed on shard %d", i, opened, closed)
+				}
+			}
+		}
+	}
 	if err := checkBetweenSums(new(Domain), 100*time.Millisecond, openOn, closeOn); err != nil {
 		t.Error(err)
 	}
@@ -497,48 +570,55 @@ func TestS6UnlockOnAnotherShard(t *testing.T) {
 		t.Log("one P: no section can end on another")
 		return
 	}
-	// Two goroutines that spin at the same time are on two Ps.
-	var spinning, crossed atomic.Int32
-	for range rounds(200) {
-		d := New()
-		var token, turn atomic.Int32
-		var both sync.WaitGroup
-		spin := func(until int32) {
-			for n := 0; turn.Load() != until; n++ {
-				if n%(1<<20) == 1<<20-1 {
-					runtime.Gosched() // or the other one has no P
-				}
-			}
+	const enough = 20
+	crossed, sections := 0, 0
+	for deadline := time.Now().Add(limit); crossed < enough && time.Now().Before(deadline); sections++ {
+		if crosses(t, New()) {
+			crossed++
 		}
-		both.Go(func() {
-			spinning.Add(1)
-			token.Store(int32(d.DownRead()))
-			turn.Store(1)
-			spin(2)
-		})
-		both.Go(func() {
-			spin(1)
-			for i := range uint64(2) {
-				if d.drained(i) != (rank(int(token.Load())) != i) {
-					t.Errorf("rank %d is drained: %v, with a section open in rank %d", i, d.drained(i), rank(int(token.Load())))
-				}
-			}
-			d.UpRead(int(token.Load()))
-			turn.Store(2)
-		})
-		both.Wait()
-		d.Synchronize()
-		for i := range d.shards {
-			if d.shards[i].locks != d.shards[i].unlocks {
-				crossed.Add(1)
-				break
+	}
+	t.Logf("%d of %d sections ended on another shard", crossed, sections)
+	if crossed < enough {
+		t.Errorf("in %v only %d sections ended on another shard: the test has seen nothing", limit, crossed)
+	}
+}
+
+// crosses has one goroutine open a section and, while it spins, another one close
+// it, and reports whether that was on another shard.
+func crosses(t *testing.T, d *Domain) bool {
+	var token, turn atomic.Int32
+	spin := func(until int32) {
+		for n := 1; turn.Load() != until; n++ {
+			if n%(1<<14) == 0 {
+				runtime.Gosched() // or the other one has no P
 			}
 		}
 	}
-	t.Logf("%d of %d sections ended on another shard", crossed.Load(), spinning.Load())
-	if crossed.Load() == 0 {
-		t.Error("no section ended on another shard: the test has seen nothing")
+	opener := background(func() {
+		token.Store(int32(d.DownRead()))
+		turn.Store(1)
+		spin(2)
+	})
+	closer := background(func() {
+		spin(1)
+		open := rank(int(token.Load()))
+		for i := range uint64(2) {
+			if drained := d.drained(i); drained != (i != open) {
+				t.Errorf("rank %d is drained: %v, with a section open in rank %d", i, drained, open)
+			}
+		}
+		d.UpRead(int(token.Load()))
+		turn.Store(2)
+	})
+	<-opener
+	<-closer
+	d.Synchronize()
+	for i := range d.shards {
+		if d.shards[i].locks != d.shards[i].unlocks {
+			return true
+		}
 	}
+	return false
 }
 
 // Counting by hand, to choose the shard.
@@ -626,7 +706,7 @@ func duringScans(d *Domain, budget time.Duration, prepare func(last int) (before
 			err = fmt.Errorf("scan %d: %w", n, err)
 		}
 	}
-	eventually(func() bool { return done.Load() == n })
+	await("the helper to do its part", func() bool { return done.Load() == n })
 	scan.Store(-1)
 	<-helper
 	return err
@@ -643,7 +723,7 @@ func TestS7StalledReaderIsNotMissed(t *testing.T) { eachCheck(t, checkStalledRea
 // checkStalledReader has a reader fetch idx, and count itself only after k grace
 // periods.
 func checkStalledReader(b bed) error {
-	for k := range 5 {
+	for k := 1; k <= 5; k++ {
 		r, closeReader := b.newReader()
 		fetched := b.d.idx.Load() & 1
 		for range k {
@@ -651,7 +731,7 @@ func checkStalledReader(b bed) error {
 		}
 		token := lockInRank(b.d, r, fetched)
 		done := background(func() { b.wait(b.d) })
-		early := closedWithin(done, b.patience)
+		early := b.early(done)
 		r.ReadUnlock(token)
 		<-done
 		closeReader()
@@ -670,12 +750,10 @@ func TestS8OutermostSectionIsWaitedFor(t *testing.T) {
 			defer closeReader()
 			outer := r.ReadLock()
 			done := background(func() { b.wait(b.d) })
-			if !eventually(flipped(b.d, outer)) {
-				t.Fatal("a grace period does not flip")
-			}
+			awaitFlip(b.d, outer)
 			inner := r.ReadLock()
 			if rank(inner) == rank(outer) {
-				t.Fatal("both sections are in one rank after a flip")
+				t.Error("both sections are in one rank after a flip: the test sees nothing")
 			}
 			if outerFirst {
 				// The inner one is younger than the grace period.
@@ -686,7 +764,7 @@ func TestS8OutermostSectionIsWaitedFor(t *testing.T) {
 				r.ReadUnlock(inner)
 			} else {
 				r.ReadUnlock(inner)
-				if closedWithin(done, patience) {
+				if b.early(done) {
 					t.Error("a grace period ended with the inner section, inside the outer one")
 				}
 				r.ReadUnlock(outer)
@@ -718,14 +796,13 @@ func TestS9SleepingReaderBlocksOnlyItsOwnDomain(t *testing.T) {
 		idx := r.ReadLock()
 		own := background(func() { b.wait(b.d) })
 		for _, fl := range flavours {
-			other := newBed(fl.domain(), fl.handle, b.wait)
-			var h Head
-			other.d.Call(&h, func(*Head) {})
-			if !closedWithin(background(func() { b.wait(other.d); other.d.Barrier() }), limit) {
+			other := fl.domain()
+			other.Call(new(Head), func(*Head) {})
+			if !closedWithin(background(func() { b.wait(other); other.Barrier() }), limit) {
 				t.Errorf("a grace period of %q waits for the reader of another domain", fl.name)
 			}
 		}
-		if closedWithin(own, 0) {
+		if b.early(own) {
 			t.Error("the reader's own domain does not wait for it")
 		}
 		r.ReadUnlock(idx)
@@ -786,20 +863,16 @@ func checkCallbackAfterItsGracePeriod(b bed) error {
 	defer close2()
 	first := r1.ReadLock()
 	done := background(func() { b.wait(b.d) })
-	if !eventually(flipped(b.d, first)) {
-		panic("srcu: a grace period does not flip")
-	}
+	awaitFlip(b.d, first)
 	second := r2.ReadLock()
 	var h Head
 	ran := make(chan struct{})
 	demands := b.d.requests.Load()
 	b.d.Call(&h, func(*Head) { close(ran) })
-	if !eventually(func() bool { return b.d.requests.Load() != demands }) {
-		panic("srcu: nobody asks for a grace period for a callback")
-	}
+	await("a demand for a callback's grace period", func() bool { return b.d.requests.Load() != demands })
 	r1.ReadUnlock(first)
 	<-done
-	early := closedWithin(ran, b.patience)
+	early := b.early(ran)
 	r2.ReadUnlock(second)
 	<-ran
 	b.d.Barrier()
@@ -856,10 +929,10 @@ func checkBarrierWaits(b bed) error {
 	})
 	<-running
 	done := background(b.d.Barrier)
-	early := closedWithin(done, b.patience)
+	early := b.early(done)
 	close(leave)
 	<-done
-	eventually(func() bool { s := b.d.Stats(); return s.Queued == s.Run })
+	await("a callback that has returned to be counted", func() bool { s := b.d.Stats(); return s.Queued == s.Run })
 	if early {
 		return errors.New("Barrier returned while an earlier callback was running")
 	}
@@ -870,9 +943,13 @@ func TestS12BarrierTerminatesInAStormOfCalls(t *testing.T) {
 	each(t, func(t *testing.T, b bed) {
 		var stop atomic.Bool
 		var storm sync.WaitGroup
+		storm.Go(func() {
+			for !stop.Load() {
+				b.wait(b.d)
+			}
+		})
 		for range 2 {
 			// A callback that queues itself again, for ever.
-			var h Head
 			var again func(*Head)
 			storm.Add(1)
 			again = func(h *Head) {
@@ -882,7 +959,7 @@ func TestS12BarrierTerminatesInAStormOfCalls(t *testing.T) {
 				}
 				b.d.Call(h, again)
 			}
-			b.d.Call(&h, again)
+			b.d.Call(new(Head), again)
 			// And a caller that is faster than the grace periods.
 			storm.Go(func() {
 				for !stop.Load() {
@@ -891,7 +968,7 @@ func TestS12BarrierTerminatesInAStormOfCalls(t *testing.T) {
 				}
 			})
 		}
-		for range rounds(20) {
+		for range 2 {
 			if !closedWithin(background(b.d.Barrier), limit) {
 				t.Error("Barrier does not return while there are new callbacks")
 				break
@@ -915,9 +992,7 @@ func checkCookieUnderWay(b bed) error {
 		}
 		token := lockInRank(b.d, r, i)
 		done := background(func() { b.wait(b.d) })
-		if !eventually(under(b.d, state)) {
-			panic("srcu: a grace period does not wait for an open section")
-		}
+		awaitScan(b.d, state)
 		c := b.d.GetState()
 		r.ReadUnlock(token)
 		<-done
@@ -941,9 +1016,7 @@ func TestS14PollIsMonotonicAndGuarantees(t *testing.T) {
 		for range rounds(50) {
 			then := bk.now()
 			c := b.d.StartPoll()
-			if !eventually(func() bool { return b.d.Poll(c) }) {
-				t.Fatal("a cookie of StartPoll does not come true")
-			}
+			await("a cookie of StartPoll to come true", func() bool { return b.d.Poll(c) })
 			if n := bk.open(then); n > 0 {
 				t.Fatalf("Poll reports true with %d sections open that were open when the cookie was taken", n)
 			}
@@ -973,103 +1046,81 @@ func checkPollStays(b bed) error {
 }
 
 func TestS15StartPollNeedsNobodyElse(t *testing.T) {
-	each(t, func(t *testing.T, b bed) {
+	eachReader(t, func(t *testing.T, b bed) {
 		seq := b.d.seq.Load()
 		state := b.d.GetState()
-		time.Sleep(patience)
-		if b.d.Poll(state) || b.d.seq.Load() != seq {
+		if !b.never(func() bool { return b.d.Poll(state) || b.d.seq.Load() != seq }) {
 			t.Error("GetState started a grace period")
 		}
 		c := b.d.StartPoll()
-		if !eventually(func() bool { return b.d.Poll(c) }) {
-			t.Error("a cookie of StartPoll does not come true")
-		}
+		await("a cookie of StartPoll to come true", func() bool { return b.d.Poll(c) })
 		if !b.d.Poll(state) {
 			t.Error("the grace period of StartPoll does not satisfy an older cookie")
 		}
 	})
 }
 
-// TestS16GracePeriodsAreShared has many wait at once.
+// TestS16GracePeriodsAreShared has many wait at once. One that has asked, and not
+// yet looked at seq when the grace period of the others begins, needs another one.
 func TestS16GracePeriodsAreShared(t *testing.T) {
 	const n = 50
-	periods := func(d *Domain, since uint64) uint64 { return (d.seq.Load() - since) >> seqShift }
-	asked := func(d *Domain, since uint64) func() bool {
-		return func() bool { return d.requests.Load()-since == n }
-	}
-	each(t, func(t *testing.T, b bed) {
+	// cost returns the number of grace periods that end while n calls at once wait,
+	// of a domain that is held up until everybody has asked.
+	cost := func(b bed, goOn func()) uint64 {
+		seq, demands := b.d.seq.Load()&^seqState, b.d.requests.Load()
 		var all sync.WaitGroup
-		ask := func() {
-			for range n {
-				all.Go(func() { b.wait(b.d) })
-			}
-		}
-		// All ask before the first grace period can begin.
-		seq, demands := b.d.seq.Load(), b.d.requests.Load()
-		b.d.gp.Lock()
-		ask()
-		if !eventually(asked(b.d, demands)) {
-			t.Error("not everybody asked")
-		}
-		b.d.gp.Unlock()
-		all.Wait()
-		if got := periods(b.d, seq); got != 1 {
-			t.Errorf("%d calls at once cost %d grace periods, want 1", n, got)
-		}
-	})
-	each(t, func(t *testing.T, b bed) {
-		// All ask while one is under way, which does not count for them.
-		r, closeReader := b.newReader()
-		defer closeReader()
-		idx := r.ReadLock()
-		seq := b.d.seq.Load()
-		var all sync.WaitGroup
-		all.Go(func() { b.wait(b.d) })
-		if !eventually(flipped(b.d, idx)) {
-			t.Error("a grace period does not flip")
-		}
-		demands := b.d.requests.Load()
 		for range n {
 			all.Go(func() { b.wait(b.d) })
 		}
-		if !eventually(asked(b.d, demands)) {
-			t.Error("not everybody asked")
-		}
-		r.ReadUnlock(idx)
+		await("everybody to ask", func() bool { return b.d.requests.Load()-demands == n })
+		goOn()
 		all.Wait()
-		if got := periods(b.d, seq); got != 2 {
-			t.Errorf("%d calls during a grace period cost %d with it, want 2", n, got)
+		return (b.d.seq.Load() - seq) >> seqShift
+	}
+	each(t, func(t *testing.T, b bed) {
+		b.d.gp.Lock() // none can begin
+		if got := cost(b, b.d.gp.Unlock); got < 1 || got > 2 {
+			t.Errorf("%d calls at once cost %d grace periods, want 1 or 2", n, got)
 		}
+	})
+	each(t, func(t *testing.T, b bed) {
+		// One is under way, which does not count for them.
+		r, closeReader := b.newReader()
+		defer closeReader()
+		idx := r.ReadLock()
+		done := background(func() { b.wait(b.d) })
+		awaitFlip(b.d, idx)
+		if got := cost(b, func() { r.ReadUnlock(idx) }); got < 2 || got > 3 {
+			t.Errorf("%d calls during a grace period cost %d with it, want 2 or 3", n, got)
+		}
+		<-done
 	})
 }
 
 // TestS17NormalAndExpeditedMix has both wait for the same sections. That they
 // keep S1 to S16 alike is what the table of all other tests says.
 func TestS17NormalAndExpeditedMix(t *testing.T) {
-	for _, fl := range flavours {
-		t.Run("readers="+fl.name, func(t *testing.T) {
-			b := newBed(fl.domain(), fl.handle, nil)
-			bk, stop := crowd(b, 3)
-			defer stop()
-			var updaters sync.WaitGroup
-			for _, w := range slices.Concat(waits, waits) {
-				updaters.Go(func() {
-					for range rounds(50) {
-						then := bk.now()
-						w.wait(b.d)
-						if n := bk.open(then); n > 0 {
-							t.Errorf("%s: a grace period ended with %d sections open", w.name, n)
-							return
-						}
+	eachReader(t, func(t *testing.T, b bed) {
+		bk, stop := crowd(b, 3)
+		defer stop()
+		var updaters sync.WaitGroup
+		for _, w := range slices.Concat(waits, waits) {
+			updaters.Go(func() {
+				for range rounds(50) {
+					then := bk.now()
+					w.wait(b.d)
+					if n := bk.open(then); n > 0 {
+						t.Errorf("%s: a grace period ended with %d sections open", w.name, n)
+						return
 					}
-				})
-			}
-			updaters.Wait()
-			if n := b.d.rush.Load(); n != 0 {
-				t.Errorf("%d callers are in a hurry when all have returned", n)
-			}
-		})
-	}
+				}
+			})
+		}
+		updaters.Wait()
+		if n := b.d.rush.Load(); n != 0 {
+			t.Errorf("%d callers are in a hurry when all have returned", n)
+		}
+	})
 }
 
 func TestS18CleanupOfAnIdleDomain(t *testing.T) {
@@ -1097,7 +1148,7 @@ func TestS18CleanupOfAnIdleDomain(t *testing.T) {
 		c := d.StartPoll()
 		var h Head
 		d.Call(&h, func(*Head) {})
-		eventually(func() bool { return d.Poll(c) })
+		await("a cookie of StartPoll to come true", func() bool { return d.Poll(c) })
 		d.Barrier()
 		if err := d.Cleanup(); err != nil {
 			t.Fatalf("after Poll was true, and Barrier: %v", err)
@@ -1114,9 +1165,7 @@ func TestS19CountersWrap(t *testing.T) {
 	for range 4 {
 		idx := d.ReadLock()
 		done := background(d.Synchronize)
-		if !eventually(flipped(d, idx)) {
-			t.Fatal("a grace period does not wait for an open section")
-		}
+		awaitFlip(d, idx)
 		cookies[0] = append(cookies[0], d.GetState())
 		d.ReadUnlock(idx)
 		<-done
@@ -1208,30 +1257,83 @@ func TestS20MemoryPerDomain(t *testing.T) {
 // looks again by itself, so that there is no wake-up to lose. What is left to
 // see is that it does look again, whenever the section ends.
 func TestS22LastReaderLeavesWhileTheUpdaterSleeps(t *testing.T) {
-	rng := rand.New(rand.NewPCG(newSeed(t), 22))
-	each(t, func(t *testing.T, b bed) {
-		r, closeReader := b.newReader()
-		defer closeReader()
-		n, worst := rounds(20), time.Duration(0)
-		if *torture > 0 {
-			n = 10_000
+	const (
+		domains  = 8 // that sleep at the same time
+		million  = 1_000_000
+		variants = 5 * 2 // each
+	)
+	length := 30 * time.Millisecond
+	if *torture > 0 {
+		length = *torture / variants
+	}
+	seed := newSeed(t)
+	var total, totalWaited int
+	for v, fl := range flavours {
+		for w, how := range waits {
+			t.Run(fmt.Sprintf("readers=%s/wait=%s", fl.name, how.name), func(t *testing.T) {
+				var (
+					mu           sync.Mutex
+					left, waited int // last readers that left, and those of them for whom somebody waited
+					worst        time.Duration
+				)
+				deadline := time.Now().Add(length)
+				var all sync.WaitGroup
+				for n := range domains {
+					b := newBed(fl.domain(), fl.handle, how.wait)
+					rng := rand.New(rand.NewPCG(seed, uint64(v<<16|w<<8|n)))
+					all.Go(func() {
+						for more := true; more; {
+							late, took, noticed := leave(b, rng)
+							mu.Lock()
+							left++
+							if late {
+								waited++
+							}
+							worst = max(worst, took)
+							more = noticed && waited < million/variants && time.Now().Before(deadline)
+							mu.Unlock()
+							if !noticed {
+								t.Errorf("Synchronize has not noticed in %v that the last reader has left", limit)
+							}
+						}
+					})
+				}
+				all.Wait()
+				total, totalWaited = total+left, totalWaited+waited
+				t.Logf("%d times, in %d somebody waited by then, and noticed in at most %v", left, waited, worst)
+			})
 		}
-		for range n {
-			idx := r.ReadLock()
-			done := background(func() { b.wait(b.d) })
-			if !eventually(flipped(b.d, idx)) {
-				t.Fatal("a grace period does not wait for an open section")
-			}
-			time.Sleep(time.Duration(rng.IntN(int(400 * time.Microsecond))))
-			r.ReadUnlock(idx)
-			left := time.Now()
-			if !closedWithin(done, limit) {
-				t.Fatal("Synchronize does not notice that the last reader has left")
-			}
-			worst = max(worst, time.Since(left))
+	}
+	t.Logf("%d last readers left, and for %d somebody waited by then", total, totalWaited)
+	if totalWaited == 0 {
+		t.Error("no reader left while somebody waited: the test has seen nothing")
+	}
+}
+
+// leave has the last reader leave while somebody waits for it, at any moment: while
+// he looks again and again, as he goes to sleep, and while he sleeps. It reports
+// whether he had come to wait by then, how long he took to notice, and whether he
+// did.
+func leave(b bed, rng *rand.Rand) (waited bool, took time.Duration, noticed bool) {
+	r, closeReader := b.newReader()
+	defer closeReader()
+	idx := r.ReadLock()
+	done := background(func() { b.wait(b.d) })
+	switch n := rng.IntN(64); {
+	case n == 0:
+		time.Sleep(time.Duration(rng.IntN(int(3 * time.Millisecond)))) // until one in a hurry sleeps, too
+	case n < 32:
+		time.Sleep(time.Duration(rng.IntN(int(200 * time.Microsecond))))
+	default:
+		for range rng.IntN(64) {
+			runtime.Gosched()
 		}
-		t.Logf("%d times; at most %v after the last reader had left", n, worst)
-	})
+	}
+	waited = b.d.seq.Load()&seqState == scan2
+	r.ReadUnlock(idx)
+	left := time.Now()
+	noticed = closedWithin(done, limit)
+	return waited, time.Since(left), noticed
 }
 
 // TestS23DelayOfTheDefaultDomainIsVisible has the reader of one address space
@@ -1244,6 +1346,7 @@ func TestS23DelayOfTheDefaultDomainIsVisible(t *testing.T) {
 	idx := d.ReadLock()
 	done := background(d.Synchronize)
 	const delay = 5 * time.Millisecond
+	awaitFlip(d, idx)
 	if !eventually(func() bool { return d.Stats().Waiting >= delay }) {
 		t.Errorf("Stats says %+v, of a grace period that has waited for %v", d.Stats(), delay)
 	}

@@ -1,4 +1,4 @@
-//go:build srcu_debug
+//go:build gvm_debug
 
 package srcu
 
@@ -15,8 +15,8 @@ func here() string {
 	return fmt.Sprintf("%s:%d", file, line)
 }
 
-// TestDebug lists misuse that a debug build sees. The domain goes on to work.
-func TestDebug(t *testing.T) {
+// TestS21DebugBuild lists misuse that a debug build sees. The domain goes on to work.
+func TestS21DebugBuild(t *testing.T) {
 	elsewhere := func(f func()) (text string) {
 		<-background(func() { text = panics(f) })
 		return text

@@ -4,8 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 )
 
 // panics returns what f panics with, or "" if it returns.
@@ -23,6 +26,7 @@ func panics(f func()) (text string) {
 func works(t *testing.T, d *Domain) {
 	t.Helper()
 	b := newBed(d, false, (*Domain).Synchronize)
+	b.patience = patience / 5 // there are many who ask
 	for _, c := range []check{checkOpenSections, checkCookieUnderWay, checkBarrierWaits} {
 		if err := c(b); err != nil {
 			t.Errorf("after misuse: %v", err)
@@ -31,7 +35,8 @@ func works(t *testing.T, d *Domain) {
 }
 
 // TestS21MisuseIsReported lists what misuse that can be seen is answered with. The
-// domain goes on to work. What only a debug build can see is in TestDebug.
+// domain goes on to work. What only a debug build can see is in
+// TestS21DebugBuild.
 func TestS21MisuseIsReported(t *testing.T) {
 	bad := func(token int) string {
 		if debug {
@@ -50,7 +55,12 @@ func TestS21MisuseIsReported(t *testing.T) {
 			r := d.NewReader()
 			defer r.Close()
 			r.ReadUnlock(2)
-		}, "2"},
+		}, bad(2)},
+		"Reader, token -1": {func(d *Domain) {
+			r := d.NewReader()
+			defer r.Close()
+			r.ReadUnlock(-1)
+		}, bad(-1)},
 		"Close inside": {func(d *Domain) {
 			r := d.NewReader()
 			defer r.Close()
@@ -88,22 +98,100 @@ func TestS21MisuseIsReported(t *testing.T) {
 // TestS21UnlockWithoutLock: without a debug build it is the next scan of the rank
 // that notices, and nobody who waits is left hanging.
 func TestS21UnlockWithoutLock(t *testing.T) {
-	for _, fl := range flavours {
+	eachReader(t, func(t *testing.T, b bed) {
 		for i := range 2 {
-			d := fl.domain()
+			r, _ := b.newReader() // it cannot be closed, if it has to be registered
 			if debug {
-				if got, want := panics(func() { d.ReadUnlock(i) }), "closed already or of another domain"; !strings.Contains(got, want) {
-					t.Errorf("%s: ReadUnlock panics with %q, want %q in it", fl.name, got, want)
+				if got, want := panics(func() { r.ReadUnlock(i) }), "closed already or of another domain"; !strings.Contains(got, want) {
+					t.Errorf("ReadUnlock panics with %q, want %q in it", got, want)
 				}
 				continue
 			}
-			d.ReadUnlock(i)
+			seq, periods := b.d.seq.Load(), b.d.Stats().GracePeriods
+			c := b.d.GetState()
+			r.ReadUnlock(i)
 			const want = "ReadUnlock was called without ReadLock, or twice"
-			for _, w := range waits {
-				if got := panics(func() { w.wait(d) }); !strings.Contains(got, want) {
-					t.Errorf("%s: the next grace period panics with %q, want %q in it", fl.name, got, want)
+			for range 2 {
+				for _, w := range waits {
+					if got := panics(func() { w.wait(b.d) }); !strings.Contains(got, want) {
+						t.Errorf("%s: the next grace period panics with %q, want %q in it", w.name, got, want)
+					}
+					// None has ended, and none is under way.
+					if b.d.seq.Load() != seq || b.d.Poll(c) {
+						t.Errorf("%s: seq went from %#x to %#x, and Poll reports %v", w.name, seq, b.d.seq.Load(), b.d.Poll(c))
+					}
+					if s := b.d.Stats(); s.Waiting != 0 || s.WaitingRank != -1 || s.GracePeriods != periods || s.Readers != 0 {
+						t.Errorf("%s: Stats says %+v, want nobody waiting, and nobody waited for", w.name, s)
+					}
 				}
 			}
+			b.d.Barrier() // waits for no grace period
+			works(t, New())
+
+			// With the counts put right, the domain is as good as new.
+			lockInRank(b.d, r, uint64(i))
+			works(t, b.d)
+		}
+	})
+}
+
+// TestS21UnlockWithoutLockWhileManyWait has a grace period panic with others behind
+// it: each of them finds out by itself.
+func TestS21UnlockWithoutLockWhileManyWait(t *testing.T) {
+	if debug {
+		t.Skip("a debug build does not let a section be closed twice")
+	}
+	each(t, func(t *testing.T, b bed) {
+		b.d.rest.unlocks[0]++
+		demands := b.d.requests.Load()
+		b.d.gp.Lock()
+		const n = 8
+		var texts [n]string
+		var all sync.WaitGroup
+		for i := range texts {
+			all.Go(func() { texts[i] = panics(func() { b.wait(b.d) }) })
+		}
+		await("everybody to ask", func() bool { return b.d.requests.Load()-demands == n })
+		b.d.gp.Unlock()
+		all.Wait()
+		for _, got := range texts {
+			if want := "ReadUnlock was called without ReadLock, or twice"; !strings.Contains(got, want) {
+				t.Errorf("one of %d that wait at once panics with %q, want %q in it", n, got, want)
+			}
+		}
+		if n := b.d.rush.Load(); n != 0 {
+			t.Errorf("%d callers are in a hurry when all have returned", n)
+		}
+		if err := b.d.Cleanup(); err != nil {
+			t.Errorf("Cleanup: %v", err)
+		}
+	})
+}
+
+// TestS21UnlockWithoutLockEndsTheProcess runs this binary again, to have the
+// goroutine that runs callbacks find that a section was closed without being opened.
+func TestS21UnlockWithoutLockEndsTheProcess(t *testing.T) {
+	if debug {
+		t.Skip("a debug build does not let a section be closed twice")
+	}
+	const variable = "SRCU_TEST_UNLOCK_WITHOUT_LOCK"
+	uses := map[string]func(*Domain){
+		"Call":      func(d *Domain) { d.Call(new(Head), func(*Head) {}) },
+		"StartPoll": func(d *Domain) { d.StartPoll() },
+	}
+	if use := uses[os.Getenv(variable)]; use != nil {
+		d := New()
+		d.ReadUnlock(0)
+		use(d)
+		time.Sleep(limit)
+		return
+	}
+	for what := range uses {
+		cmd := exec.Command(os.Args[0], "-test.run", "^"+t.Name()+"$")
+		cmd.Env = append(os.Environ(), variable+"="+what)
+		out, err := cmd.CombinedOutput()
+		if want := "panic: srcu: 1 more sections were closed than opened in rank 0"; err == nil || !strings.Contains(string(out), want) {
+			t.Errorf("%s: %v\n%s\nwant %q in it", what, err, out, want)
 		}
 	}
 }
@@ -111,13 +199,14 @@ func TestS21UnlockWithoutLock(t *testing.T) {
 // TestS21ReadersMix: the kinds of readers are one flavour, and may be mixed.
 func TestS21ReadersMix(t *testing.T) {
 	d := New()
+	b := newBed(d, false, (*Domain).Synchronize)
 	r := d.NewReader()
 	own, down, registered := d.ReadLock(), d.DownRead(), r.ReadLock()
 	done := background(d.Synchronize)
 	for i, unlock := range []func(){
 		func() { d.ReadUnlock(own) }, func() { r.ReadUnlock(registered) }, func() { d.UpRead(down) },
 	} {
-		if closedWithin(done, patience) {
+		if b.early(done) {
 			t.Errorf("a grace period ended when %d sections of 3 were closed", i)
 		}
 		unlock()
@@ -151,7 +240,7 @@ func TestS18CleanupRefuses(t *testing.T) {
 		"grace period": {func(d *Domain) func() {
 			idx := d.ReadLock()
 			done := background(d.Synchronize)
-			eventually(under(d, scan2))
+			awaitScan(d, scan2)
 			return func() { d.ReadUnlock(idx); <-done }
 		}, func(e *BusyError) bool { return *e == BusyError{Readers: 1, GracePeriod: true} }},
 		"StartPoll": {func(d *Domain) func() {
@@ -159,7 +248,7 @@ func TestS18CleanupRefuses(t *testing.T) {
 			c := d.StartPoll()
 			return func() {
 				d.ReadUnlock(idx)
-				eventually(func() bool { return d.Poll(c) })
+				await("a cookie of StartPoll to come true", func() bool { return d.Poll(c) })
 			}
 		}, func(e *BusyError) bool { return *e == BusyError{Readers: 1, GracePeriod: true} }},
 		"StartPoll, not begun": {func(d *Domain) func() {
@@ -217,18 +306,26 @@ func TestS21UseAfterCleanup(t *testing.T) {
 			"StartPoll":            func() { d.StartPoll() },
 			"Poll":                 func() { d.Poll(CompletedState) },
 			"NewReader":            func() { d.NewReader() },
+			"OnStall":              func() { d.OnStall(0, nil) },
 		} {
 			if got, want := panics(use), "srcu: "+what+" of a domain after its Cleanup"; got != want {
 				t.Errorf("%s: panics with %q, want %q", fl.name, got, want)
 			}
 		}
-		for what, use := range map[string]func(){
-			"DownRead":   func() { d.DownRead() },
-			"ReadUnlock": func() { d.ReadUnlock(0) },
-			"UpRead":     func() { d.UpRead(0) },
+		unlock := "srcu: ReadUnlock of a domain after its Cleanup"
+		if debug {
+			unlock = "closed already or of another domain" // before it comes to that
+		}
+		for what, tt := range map[string]struct {
+			use  func()
+			want string
+		}{
+			"DownRead":   {func() { d.DownRead() }, "srcu: ReadLock of a domain after its Cleanup"},
+			"ReadUnlock": {func() { d.ReadUnlock(0) }, unlock},
+			"UpRead":     {func() { d.UpRead(0) }, unlock},
 		} {
-			if panics(use) == "" {
-				t.Errorf("%s: %s of a domain after its Cleanup does not panic", fl.name, what)
+			if got := panics(tt.use); !strings.Contains(got, tt.want) {
+				t.Errorf("%s: %s panics with %q, want %q in it", fl.name, what, got, tt.want)
 			}
 		}
 		if err := d.Cleanup(); !errors.Is(err, os.ErrClosed) {

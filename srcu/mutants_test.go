@@ -13,7 +13,19 @@ import (
 )
 
 // budget is what a check that has to be lucky may take for one mutant.
-const budget = time.Second
+const budget = 500 * time.Millisecond
+
+// need is what a check cannot do without. Where it is missing, the defect may go
+// unseen.
+type need uint8
+
+const (
+	nothing    need = iota
+	processors      // two of them
+	// luck, and two processors: on two that are otherwise idle SM6 was seen in 15 of
+	// 20 runs and SM21 in 18, beside three busy processes in 14 and in 7.
+	luck
+)
 
 // mutants are the defects that the checks of this package are known to see. Those
 // of an updater are switched on in the domain; those of a reader are readers of
@@ -25,15 +37,16 @@ var mutants = []struct {
 	reader     func(d *Domain) reader // nil: the domain itself
 	check      check                  // nil: see why
 	by         string                 // the invariant that the check is of
-	luck       bool                   // the check needs two processors and luck; package model needs neither
+	long       bool                   // a domain without the defect is looked at by a test of its own
+	need       need                   // of the check; package model needs nothing
 	why        string                 // there is no check
 }{
 	{id: "SM1", defect: "no first wait", mutant: noScan1, check: checkStalledReader, by: "S7 stalled reader"},
 	{id: "SM2", defect: "no flip", mutant: noFlip, check: checkOpenSections, by: "S3 open sections"},
-	{id: "SM3", defect: "opened summed first", mutant: locksFirst, check: checkSums(openOn, closeOn), by: "S6 sections between the sums", luck: true},
-	{id: "SM4", defect: "one counter, up and down", check: checkSums(openOn, countDown), by: "S6 sections between the sums", luck: true},
+	{id: "SM3", defect: "opened summed first", mutant: locksFirst, check: checkSums(openOn, closeOn), by: "S6 sections between the sums", long: true, need: processors},
+	{id: "SM4", defect: "one counter, up and down", check: checkSums(openOn, countDown), by: "S6 sections between the sums", long: true, need: processors},
 	{id: "SM5", defect: "closed in the current rank", reader: func(d *Domain) reader { return currentRank{d} }, check: checkTokenRank, by: "S8 rank of the token"},
-	{id: "SM6", defect: "no fence after counting", mutant: noMembarrier, reader: func(d *Domain) reader { return plainReader{d} }, check: checkStoreBuffers(budget), by: "S2 store buffers", luck: true},
+	{id: "SM6", defect: "no fence after counting", mutant: noMembarrier, reader: func(d *Domain) reader { return plainReader{d} }, check: checkStoreBuffers(budget), by: "S2 store buffers", long: true, need: luck},
 	{id: "SM7", defect: "no fence before counting", why: "stores are not reordered with earlier accesses on amd64, others add atomically: package model"},
 	{id: "SM8", defect: "no fence after the flip", why: "every atomic operation of an updater is one: package model"},
 	{id: "SM9", defect: "joins a grace period", mutant: joinRunning, check: checkCookieUnderWay, by: "S13 cookie under way"},
@@ -46,10 +59,10 @@ var mutants = []struct {
 	{id: "SM16", defect: "a Head queued twice", mutant: requeue, check: checkHeadTwice, by: "S21 a Head twice"},
 	{id: "SM17", defect: "Poll compares exactly", mutant: pollExactly, check: checkPollStays, by: "S14 Poll stays true"},
 	{id: "SM18", defect: "counters overlooked", mutant: missRest, domain: func() *Domain { return new(Domain) }, check: checkOpenSections, by: "S3 open sections"},
-	{id: "SM18'", defect: "a list for each sum", mutant: listPerSum, check: func(b bed) error { return checkClosedBetweenSums(b.d, budget) }, by: "S6 reader closed in between", luck: true},
+	{id: "SM18'", defect: "a list for each sum", mutant: listPerSum, check: func(b bed) error { return checkClosedBetweenSums(b.d, budget) }, by: "S6 reader closed in between", long: true, need: processors},
 	{id: "SM19", defect: "counters taken away", reader: func(d *Domain) reader { return &vanishing{Reader: d.NewReader()} }, check: checkOpenSections, by: "S3 open sections"},
 	{id: "SM20", defect: "Cleanup ignores readers", mutant: cleanupIgnoresReaders, check: checkCleanupSeesReaders, by: "S18 Cleanup sees readers"},
-	{id: "SM21", defect: "neither fence nor membarrier", mutant: noMembarrier, check: checkStoreBuffers(budget), by: "S2 store buffers", luck: true},
+	{id: "SM21", defect: "neither fence nor membarrier", mutant: noMembarrier, check: checkStoreBuffers(budget), by: "S2 store buffers", long: true, need: luck},
 	{id: "SM22", defect: "wake-up before counting", why: "readers wake nobody"},
 	{id: "SM23", defect: "closed >= opened", mutant: unlocksAtLeast, check: checkWrappedSum, by: "S19 wrapped sum"},
 	{id: "SM24", defect: "idx kept across sections", reader: func(d *Domain) reader { return &keepsIdx{d: d} }, check: checkLaterSections, by: "S4 later sections"},
@@ -62,15 +75,19 @@ func TestMutants(t *testing.T) {
 	w := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
 	fmt.Fprint(w, "mutant\tdefect\tcaught by\tafter\n")
 	for _, m := range mutants {
-		if m.check == nil {
-			fmt.Fprintf(w, "%s\t%s\tnot applicable\t%s\n", m.id, m.defect, m.why)
+		why := m.why
+		if m.mutant == noMembarrier && m.reader == nil && (debug || !asymmetric) {
+			why = "in this build a fence comes with every section"
+		}
+		if why != "" {
+			fmt.Fprintf(w, "%s\t%s\tnot applicable\t%s\n", m.id, m.defect, why)
 			continue
 		}
 		domain := m.domain
 		if domain == nil {
 			domain = New
 		}
-		if m.by != "S2 store buffers" && !strings.HasPrefix(m.by, "S6") { // those run for long, in their own tests
+		if !m.long {
 			if err := m.check(newBed(domain(), false, (*Domain).Synchronize)); err != nil {
 				t.Errorf("%s: without the defect: %v", m.id, err)
 			}
@@ -78,7 +95,7 @@ func TestMutants(t *testing.T) {
 		d := domain()
 		d.mutant = m.mutant
 		b := newBed(d, false, (*Domain).Synchronize)
-		b.patience = 200 * time.Millisecond
+		b.patience = limit // a check that sees the defect does not wait for so long
 		if m.reader != nil {
 			b.newReader = func() (reader, func()) { return m.reader(d), func() {} }
 		}
@@ -89,7 +106,7 @@ func TestMutants(t *testing.T) {
 		case err != nil:
 			fmt.Fprintf(w, "%s\t%s\t%s\t%v\n", m.id, m.defect, m.by, after.Round(time.Microsecond))
 			t.Logf("%s: %v", m.id, err)
-		case m.luck:
+		case m.need == luck, m.need == processors && !twoProcessors():
 			fmt.Fprintf(w, "%s\t%s\tpackage model; not seen here\t%v\n", m.id, m.defect, after.Round(time.Millisecond))
 		default:
 			fmt.Fprintf(w, "%s\t%s\tnobody\t%v\n", m.id, m.defect, after)
@@ -99,6 +116,8 @@ func TestMutants(t *testing.T) {
 	w.Flush()
 	t.Logf("\n%s", &out)
 }
+
+func twoProcessors() bool { return runtime.GOMAXPROCS(0) >= 2 && runtime.NumCPU() >= 2 }
 
 // currentRank closes a section in the rank that is in use, not in its own.
 type currentRank struct{ d *Domain }
@@ -167,9 +186,7 @@ func checkOneAtATime(b bed) error {
 	defer closeReader()
 	token := r.ReadLock()
 	first := background(func() { b.wait(b.d) })
-	if !eventually(flipped(b.d, token)) {
-		panic("srcu: a grace period does not flip")
-	}
+	awaitFlip(b.d, token)
 	idx, seq := b.d.idx.Load(), b.d.seq.Load()
 	second := background(func() { b.wait(b.d) })
 	var err error
@@ -216,7 +233,7 @@ func checkStoreBuffers(budget time.Duration) check {
 }
 
 func storeBuffers(b bed, budget time.Duration) error {
-	if runtime.GOMAXPROCS(0) < 2 || runtime.NumCPU() < 2 {
+	if !twoProcessors() {
 		return nil // both would have one store buffer
 	}
 	var (
@@ -291,7 +308,7 @@ func storeBuffers(b bed, budget time.Duration) error {
 // TestS2StoreBuffers has the check that finds the mutants without fences look at
 // the real thing.
 func TestS2StoreBuffers(t *testing.T) {
-	length := 60 * time.Millisecond
+	length := 40 * time.Millisecond
 	if *torture > 0 {
 		length = *torture / time.Duration(len(flavours))
 	}

@@ -1,5 +1,0 @@
-//go:build race
-
-package kvm
-
-const raceEnabled = true
