@@ -10,14 +10,13 @@ import (
 )
 
 // mapPages maps npages for the length of the test, anonymous if fd is -1. A
-// touch of one page maps no other.
-func mapPages(t *testing.T, npages, fd int) ([]byte, addr.HVARange) {
+// touch of one page maps no other of anonymous memory.
+func mapPages(t *testing.T, npages, fd, sharing int) ([]byte, addr.HVARange) {
 	t.Helper()
-	flags := unix.MAP_PRIVATE | unix.MAP_ANON
-	if fd >= 0 {
-		flags = unix.MAP_SHARED
+	if fd < 0 {
+		sharing |= unix.MAP_ANON
 	}
-	b, err := unix.Mmap(fd, 0, npages*addr.PageSize, unix.PROT_READ|unix.PROT_WRITE, flags)
+	b, err := unix.Mmap(fd, 0, npages*addr.PageSize, unix.PROT_READ|unix.PROT_WRITE, sharing)
 	if err != nil {
 		t.Fatal(err)
 	}

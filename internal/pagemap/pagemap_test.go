@@ -78,25 +78,46 @@ func TestCategoriesString(t *testing.T) {
 	}
 }
 
-func TestScanCategories(t *testing.T) {
-	p := open(t)
+// memfd returns a file in memory of npages, closed with the test.
+func memfd(t *testing.T, npages int) (fd int) {
+	t.Helper()
 	fd, err := unix.MemfdCreate("pagemap-test", unix.MFD_CLOEXEC)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Close(fd)
-	if err := unix.Ftruncate(fd, 4*addr.PageSize); err != nil {
+	t.Cleanup(func() { unix.Close(fd) })
+	if err := unix.Ftruncate(fd, int64(npages*addr.PageSize)); err != nil {
 		t.Fatal(err)
 	}
+	return fd
+}
+
+// loadMaps returns what a load maps where nothing was stored in anonymous memory:
+// the zero page, except on kernels that keep it from user space.
+func loadMaps(t *testing.T, p *PageMap) Categories {
+	t.Helper()
+	b, m := mapPages(t, 2, -1, unix.MAP_PRIVATE)
+	b[addr.PageSize] = b[0]
+	regions := scan(t, p, Request{Range: page(m, 0), All: Present, Report: Present | PFNZero})
+	if len(regions) != 1 {
+		t.Fatalf("after a load: %v, want one region", regions)
+	}
+	return regions[0].Categories
+}
+
+func TestScanCategories(t *testing.T) {
+	p := open(t)
+	fd := memfd(t, 4)
 	for name, tt := range map[string]struct {
-		fd             int
+		fd, sharing    int
 		loaded, stored Categories
 	}{
-		"anonymous": {fd: -1, loaded: Present | PFNZero, stored: Present},
-		"memfd":     {fd: fd, loaded: Present | File, stored: Present | File},
+		"anonymous":     {-1, unix.MAP_PRIVATE, loadMaps(t, p), Present},
+		"memfd shared":  {fd, unix.MAP_SHARED, Present | File, Present | File},
+		"memfd private": {fd, unix.MAP_PRIVATE, Present | File, Present},
 	} {
 		t.Run(name, func(t *testing.T) {
-			b, m := mapPages(t, 4, tt.fd)
+			b, m := mapPages(t, 4, tt.fd, tt.sharing)
 			b[3*addr.PageSize] = b[addr.PageSize] + 1
 			want := []Region{
 				{page(m, 0), 0}, {page(m, 1), tt.loaded}, {page(m, 2), 0}, {page(m, 3), tt.stored},
@@ -111,16 +132,16 @@ func TestScanCategories(t *testing.T) {
 
 func TestScanSelects(t *testing.T) {
 	p := open(t)
-	b, m := mapPages(t, 3, -1)
-	b[2*addr.PageSize] = b[addr.PageSize] + 1 // the load maps the zero page
+	b, m := mapPages(t, 3, memfd(t, 3), unix.MAP_PRIVATE)
+	b[2*addr.PageSize] = b[addr.PageSize] + 1 // the load maps the file's page, the store copies it
 
 	for name, tt := range map[string]struct {
 		req  Request
 		want []Region
 	}{
-		"all":      {Request{All: Present | PFNZero, Report: Present}, []Region{{page(m, 1), Present}}},
-		"any":      {Request{Any: PFNZero | Huge, Report: PFNZero}, []Region{{page(m, 1), PFNZero}}},
-		"inverted": {Request{All: Present | PFNZero, Inverted: PFNZero, Report: Present}, []Region{{page(m, 2), Present}}},
+		"all":      {Request{All: Present | File, Report: Present}, []Region{{page(m, 1), Present}}},
+		"any":      {Request{Any: File | Huge, Report: File}, []Region{{page(m, 1), File}}},
+		"inverted": {Request{All: Present | File, Inverted: File, Report: Present}, []Region{{page(m, 2), Present}}},
 		"merged": {Request{All: Present, Report: Present},
 			[]Region{{addr.HVARange{Start: page(m, 1).Start, End: m.End}, Present}}},
 		"none": {Request{All: Swapped}, nil},
@@ -136,7 +157,7 @@ func TestScanSelects(t *testing.T) {
 
 func TestScanResumes(t *testing.T) {
 	p := open(t)
-	b, m := mapPages(t, 8, -1)
+	b, m := mapPages(t, 8, -1, unix.MAP_PRIVATE)
 	var got, want []addr.HVARange
 	for i := 0; i < 8; i += 2 {
 		b[i*addr.PageSize] = 1
@@ -175,7 +196,7 @@ func openUFFD(t *testing.T) *uffd.FD {
 // TestScanWritten follows one page through protection and a store.
 func TestScanWritten(t *testing.T) {
 	p, u := open(t), openUFFD(t)
-	b, m := mapPages(t, 4, -1)
+	b, m := mapPages(t, 4, -1, unix.MAP_PRIVATE)
 	for i := 0; i < len(b); i += addr.PageSize {
 		b[i] = 1
 	}
@@ -208,7 +229,7 @@ func TestScanWritten(t *testing.T) {
 // TestScanPassesOver protects a range of which one half is not registered.
 func TestScanPassesOver(t *testing.T) {
 	p, u := open(t), openUFFD(t)
-	b, m := mapPages(t, 2, -1)
+	b, m := mapPages(t, 2, -1, unix.MAP_PRIVATE)
 	b[0], b[addr.PageSize] = 1, 1
 	if err := u.Register(page(m, 0), uffd.ModeWP); err != nil {
 		t.Fatal(err)
@@ -222,7 +243,7 @@ func TestScanPassesOver(t *testing.T) {
 
 func TestScanErrors(t *testing.T) {
 	p := open(t)
-	_, m := mapPages(t, 1, -1)
+	_, m := mapPages(t, 1, -1, unix.MAP_PRIVATE)
 	odd := addr.HVARange{Start: m.Start + 1, End: m.End}
 	if _, _, err := p.Scan(Request{Range: odd}, nil); !errors.Is(err, unix.EINVAL) {
 		t.Errorf("Scan of %v: %v, want EINVAL", odd, err)
