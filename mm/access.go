@@ -1,14 +1,13 @@
 package mm
 
 import (
-	"errors"
 	"fmt"
 	"os"
-	"runtime/debug"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/internal/hostmem"
 )
 
 // AccessError is a use of guest memory by the host that its mappings do not
@@ -30,31 +29,31 @@ func (e *AccessError) Unwrap() error { return e.Err }
 // lock for reading. Memory that is not mapped, or was unmapped behind our back,
 // gives an *AccessError; p may have been written in part.
 func (m *Memory) ReadAt(p []byte, hva addr.HVA) error {
-	return m.access(addr.Read, addr.HVAs(hva, uint64(len(p))), func() { copy(p, bytesAt(hva, len(p))) })
+	return m.access(addr.Read, addr.HVAs(hva, uint64(len(p))), func() error { return hostmem.ReadAt(p, hva) })
 }
 
 // WriteAt copies p to guest memory at hva, as ReadAt does the other way round.
 func (m *Memory) WriteAt(p []byte, hva addr.HVA) error {
-	return m.access(addr.ReadWrite, addr.HVAs(hva, uint64(len(p))), func() { copy(bytesAt(hva, len(p)), p) })
+	return m.access(addr.ReadWrite, addr.HVAs(hva, uint64(len(p))), func() error { return hostmem.WriteAt(p, hva) })
 }
 
 // Load64 reads the 8 bytes at hva, which is a multiple of 8, as one atomic
 // access, sequentially consistent with the guest's.
 func (m *Memory) Load64(hva addr.HVA) (v uint64, err error) {
-	err = m.access(addr.Read, addr.HVAs(hva, 8), func() { v = load64(hva) })
+	err = m.access(addr.Read, addr.HVAs(hva, 8), func() (err error) { v, err = hostmem.Load64(hva); return err })
 	return v, err
 }
 
 // Store64 writes the 8 bytes at hva, which is a multiple of 8, as one atomic
 // access, sequentially consistent with the guest's.
 func (m *Memory) Store64(hva addr.HVA, v uint64) error {
-	return m.access(addr.ReadWrite, addr.HVAs(hva, 8), func() { store64(hva, v) })
+	return m.access(addr.ReadWrite, addr.HVAs(hva, 8), func() error { return hostmem.Store64(hva, v) })
 }
 
 // access calls use, which touches exactly the bytes of r, with the mapping lock
-// held. A fault in use is an error, not the end of the process: a mapping can
-// be changed by code that knows nothing of this package.
-func (m *Memory) access(want addr.Access, r addr.HVARange, use func()) (err error) {
+// held. That it faults all the same is possible: a mapping can be changed by code
+// that knows nothing of this package.
+func (m *Memory) access(want addr.Access, r addr.HVARange, use func() error) error {
 	if r.Empty() {
 		return nil
 	}
@@ -77,19 +76,8 @@ func (m *Memory) access(want addr.Access, r addr.HVARange, use func()) (err erro
 		return &AccessError{Access: want, Range: r, Why: fmt.Sprintf("%v is not guest memory", at), Err: unix.EFAULT}
 	}
 
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		switch p := recover().(type) {
-		case nil:
-		case interface {
-			error
-			Addr() uintptr
-		}:
-			err = &AccessError{Access: want, Range: r, Why: fmt.Sprintf("%v faulted although it was mapped here", addr.HVA(p.Addr())), Err: errors.Join(unix.EFAULT, p)}
-		default:
-			panic(p)
-		}
-	}()
-	use()
+	if err := use(); err != nil {
+		return &AccessError{Access: want, Range: r, Why: "it faulted although it was mapped here", Err: err}
+	}
 	return nil
 }

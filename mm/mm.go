@@ -12,22 +12,23 @@
 // Of every byte of a region an [Extent] says whether it is mapped, with which
 // permissions, and which operation made it so.
 //
-// # Lock order
+// # Locks
 //
-//	the address space's mapping lock   for writing: Unmap, Map, Protect, ...
-//	                                   for reading: ReadAt, WriteAt, Load64, Extents
-//	    whatever subscribers take
-//
-// The extents are protected by the mapping lock; Memory has no lock of its own.
-// The methods that take it cannot be called from a subscriber; Walk, which does
-// not, is there for it.
+// Package internal/lockorder has the order. The extents are protected by the
+// mapping lock of the address space, which Unmap, Map, Protect and the other
+// operations take for writing, ReadAt, WriteAt, Load64, Store64 and Extents for
+// reading. These cannot be called from a subscriber; Walk, which takes no lock,
+// is there for it. All brackets run with the mapping lock held: no file is
+// mapped in two address spaces, so no reverse map is needed.
 package mm
 
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"slices"
+	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -91,6 +92,8 @@ type Memory struct {
 	as  *notifier.AddressSpace
 	log *trace.Log
 
+	reports reports
+
 	changes atomic.Uint64 // carried out so far; written with the mapping lock held
 
 	// What follows is protected by the mapping lock of as.
@@ -100,10 +103,45 @@ type Memory struct {
 	history history
 }
 
-// New returns a memory without regions, whose changes are told to the
-// subscribers of as and recorded in log, which may be nil.
-func New(as *notifier.AddressSpace, log *trace.Log) *Memory {
-	return &Memory{as: as, log: log}
+// New returns a memory without regions, in an address space of its own. What is
+// done to it is recorded in log, which may be nil.
+func New(log *trace.Log) *Memory {
+	m := &Memory{log: log}
+	m.as = notifier.New(notifier.Options{Teardown: m.teardown, Report: m.reports.add})
+	return m
+}
+
+// reports is what subscribers did wrong. During an operation it is collected,
+// for its error; what comes at other times is logged.
+type reports struct {
+	mu         sync.Mutex // protects what follows; a leaf
+	collecting bool
+	errs       []error
+}
+
+func (r *reports) add(err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.collecting {
+		r.errs = append(r.errs, err)
+		return
+	}
+	slog.Error(err.Error())
+}
+
+func (r *reports) collect() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.collecting = true
+}
+
+// collected returns what was added since collect.
+func (r *reports) collected() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	err := errors.Join(r.errs...)
+	r.collecting, r.errs = false, nil
+	return err
 }
 
 // AddressSpace returns the address space whose subscribers are told of changes.
@@ -168,17 +206,27 @@ func (r *Region) free() error {
 	return err
 }
 
-// Close releases the subscribers of the address space and gives all addresses
-// and files back. Nothing may use the memory any more: the slots that refer to
-// it must be gone. A second Close returns os.ErrClosed.
+// Close ends the use of the memory. Its operations return os.ErrClosed from now
+// on, as does a second Close. When the last user of the address space has gone,
+// which is here unless somebody else holds one, its subscribers are released,
+// and all addresses and files are given back. Nothing may use the memory then:
+// the slots that refer to it must be gone, which is what Release of a subscriber
+// is for.
 func (m *Memory) Close() error {
-	m.as.Exit()
 	m.as.Lock()
-	defer m.as.Unlock()
-	if m.closed {
+	closed := m.closed
+	m.closed = true
+	m.as.Unlock()
+	if closed {
 		return fmt.Errorf("close guest memory: %w", os.ErrClosed)
 	}
-	m.closed = true
+	return m.as.PutUser()
+}
+
+// teardown gives everything back.
+func (m *Memory) teardown() error {
+	m.as.Lock()
+	defer m.as.Unlock()
 	var errs []error
 	for _, r := range m.regions {
 		errs = append(errs, r.free())

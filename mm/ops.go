@@ -1,6 +1,7 @@
 package mm
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -25,15 +26,21 @@ const (
 	OpRemap   Op = "remap"   // mremap(2) to another address
 )
 
-// Error is an operation that was not carried out. Mappings are as they were,
-// unless Err says otherwise.
+// Error is an operation that was not carried out, or in which something went
+// wrong although it was.
 type Error struct {
 	Op    Op
 	Range addr.HVARange
-	Err   error // an errno, ErrPinned, os.ErrClosed, or what a subscriber refused with
+	Made  bool  // the mappings have changed; otherwise they are as they were, unless Err says that some of them are not
+	Err   error // an errno, ErrPinned, os.ErrClosed; if Made also what subscribers reported, each a *notifier.Report
 }
 
-func (e *Error) Error() string { return fmt.Sprintf("%s %v: %v", e.Op, e.Range, e.Err) }
+func (e *Error) Error() string {
+	if e.Made {
+		return fmt.Sprintf("%s %v: the change was made, but: %v", e.Op, e.Range, e.Err)
+	}
+	return fmt.Sprintf("%s %v: %v", e.Op, e.Range, e.Err)
+}
 
 func (e *Error) Unwrap() error { return e.Err }
 
@@ -41,9 +48,10 @@ func (e *Error) Unwrap() error { return e.Err }
 // reserved. Content of anonymous memory is lost. Where nothing is mapped it
 // does nothing.
 //
-// Like all operations it blocks until subscribers agreed to the change and were
-// told of it; r is page aligned, not empty, and in one region that is not
-// pinned. Errors are of type *Error.
+// Like all operations it blocks until subscribers were told of the change, before
+// and after; r is page aligned, not empty, and in one region that is not pinned.
+// Errors are of type *Error. Subscribers cannot refuse, but an operation that was
+// carried out returns what they reported, such as slots that could not follow.
 func (m *Memory) Unmap(r addr.HVARange) error {
 	return m.change(operation{
 		op: OpUnmap, r: r,
@@ -103,7 +111,12 @@ func (m *Memory) Discard(r addr.HVARange) error {
 func (m *Memory) Punch(r addr.HVARange) error {
 	return m.change(operation{
 		op: OpPunch, r: r,
-		brackets: one(notifier.Invalidation{Range: r, Event: notifier.Clear, After: addr.ReadWrite}),
+		brackets: func() (invs []notifier.Invalidation) {
+			for _, r := range m.aliases(r) {
+				invs = append(invs, notifier.Invalidation{Range: r, Event: notifier.Clear, After: addr.ReadWrite})
+			}
+			return invs
+		},
 		check: func() error {
 			for x := range m.extents.in(r) {
 				if x.Mapped && x.file == nil {
@@ -131,8 +144,8 @@ func (m *Memory) Punch(r addr.HVARange) error {
 // concerned.
 func (m *Memory) Remap(from addr.HVARange, to addr.HVA) error {
 	target := addr.HVAs(to, from.Bytes())
-	var left error // why the addresses of from could not be reserved
-	err := m.change(operation{
+	kept := false // the addresses of from could not be reserved
+	return m.change(operation{
 		op: OpRemap, r: from, to: to,
 		brackets: func() []notifier.Invalidation {
 			return []notifier.Invalidation{
@@ -155,7 +168,10 @@ func (m *Memory) Remap(from addr.HVARange, to addr.HVA) error {
 			if err := mremapKeep(from, to); err != nil {
 				return err
 			}
-			left = reserveFixed(from)
+			if err := reserveFixed(from); err != nil {
+				kept = true
+				m.reports.add(fmt.Errorf("empty memory is left where the pages were: %w", err))
+			}
 			return nil
 		},
 		becomes: func(c *Change, _ *Region) (xs []Extent) {
@@ -163,16 +179,32 @@ func (m *Memory) Remap(from addr.HVARange, to addr.HVA) error {
 				x.Range = addr.HVAs(to+(x.Range.Start-from.Start), x.Range.Bytes())
 				xs = append(xs, x)
 			}
-			if left == nil {
+			if !kept {
 				xs = append(xs, Extent{Range: from, Why: c})
 			}
 			return xs
 		},
 	})
-	if err == nil && left != nil {
-		err = &Error{Op: OpRemap, Range: from, Err: fmt.Errorf("the pages have moved, but empty memory is left at their old address: %w", left)}
+}
+
+// aliases returns r, and every other range that shows the same pages of a file: a
+// Map of what a Remap has moved away makes one.
+func (m *Memory) aliases(r addr.HVARange) []addr.HVARange {
+	all := []addr.HVARange{r}
+	for x := range m.extents.in(r) {
+		for _, y := range m.extents {
+			if x.file == nil || y.file != x.file {
+				continue
+			}
+			first := max(x.offset, y.offset)
+			end := min(x.offset+int64(x.Range.Bytes()), y.offset+int64(y.Range.Bytes()))
+			alias := addr.HVARange{Start: y.Range.Start + addr.HVA(first-y.offset), End: y.Range.Start + addr.HVA(end-y.offset)}
+			if first < end && !r.Contains(alias) {
+				all = append(all, alias)
+			}
+		}
 	}
-	return err
+	return all
 }
 
 // replaced is the invalidation of a range in which something is about to be
@@ -238,10 +270,13 @@ func (m *Memory) change(o operation) error {
 
 	id := m.log.NewOp()
 	m.log.Record(trace.Event{Kind: trace.HostOp, Op: id, Name: string(o.op), HVA: o.r})
+	m.reports.collect()
+	made := false
 	err := m.bracketed(id, o.brackets(), func() error {
 		if err := o.do(region); err != nil {
 			return err
 		}
+		made = true
 		c := m.history.add(Change{Seq: m.changes.Add(1), Op: o.op, Range: o.r, To: o.to, Time: time.Now()})
 		if o.becomes != nil {
 			for _, x := range o.becomes(c, region) {
@@ -250,17 +285,18 @@ func (m *Memory) change(o operation) error {
 		}
 		return nil
 	})
+	err = errors.Join(err, m.reports.collected())
 	end := trace.Event{Kind: trace.HostOpEnd, Op: id, Name: string(o.op), HVA: o.r}
 	if err != nil {
 		end.Err = err.Error()
-		err = fail(err)
+		err = &Error{Op: o.op, Range: o.r, Made: made, Err: err}
 	}
 	m.log.Record(end)
 	return err
 }
 
 // bracketed opens the brackets in their order, calls change, and closes them in
-// the opposite order. If one is refused, change is not called.
+// the opposite order.
 func (m *Memory) bracketed(id uint64, brackets []notifier.Invalidation, change func() error) error {
 	if len(brackets) == 0 {
 		return change()
@@ -270,7 +306,7 @@ func (m *Memory) bracketed(id uint64, brackets []notifier.Invalidation, change f
 	event := trace.Event{Kind: trace.InvalidateStart, Op: id, Name: inv.Event.String(), HVA: inv.Range}
 	m.log.Record(event)
 	if err := m.as.InvalidateRangeStart(inv); err != nil {
-		return fmt.Errorf("refused, and nothing was changed: %w", err)
+		return err
 	}
 	err := m.bracketed(id, brackets[1:], change)
 	inv.Failed = err != nil

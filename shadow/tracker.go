@@ -16,16 +16,14 @@
 //   - The published set is what the backend has, also after a failure.
 //   - Outside brackets every slot lies in a window and covers mapped memory that
 //     allows what the slot allows.
-//   - From the moment that InvalidateRangeStart for Unmap or Protect returned,
-//     no slot allows an access that the change takes away.
+//   - From the moment that InvalidateRangeStart for Unmap or Protect returned
+//     nil, no slot allows an access that the change takes away.
 //
-// # Lock order
+// # Locks
 //
-//	the address space's mapping lock
-//	    Tracker.mu
-//	        the backend's gate: waits for vCPUs to leave the guest
-//
-// A vCPU takes neither of the first two between entering and leaving the gate.
+// Package internal/lockorder has the order; Tracker.mu is a subscriber's lock.
+// With it held the tracker waits for vCPUs to leave the guest, who take no lock
+// of the order before they have left.
 package shadow
 
 import (
@@ -36,6 +34,7 @@ import (
 	"sync/atomic"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/internal/lockorder"
 	"github.com/secondmmu/gvm/notifier"
 	"github.com/secondmmu/gvm/trace"
 )
@@ -61,12 +60,14 @@ type Host interface {
 
 // Tracker makes the slots of one VM follow the mappings of its host memory.
 type Tracker struct {
+	notifier.Notifier
+
 	host    Host       // immutable
 	backend Backend    // immutable
 	limit   uint32     // slot numbers are below it; immutable
 	log     *trace.Log // immutable
 
-	mu       sync.Mutex // for its place in the lock order see the package comment
+	mu       sync.Mutex // lockorder.Consumer
 	released bool       // no more slots; protected by mu
 	used     []bool     // by slot number; protected by mu
 	behind   bool       // the backend refused to widen slots; protected by mu
@@ -87,14 +88,24 @@ func NewTracker(host Host, backend Backend, limit uint32, log *trace.Log) *Track
 	return t
 }
 
+func (t *Tracker) lock() {
+	lockorder.Acquire(lockorder.Consumer)
+	t.mu.Lock()
+}
+
+func (t *Tracker) unlock() {
+	t.mu.Unlock()
+	lockorder.Release(lockorder.Consumer)
+}
+
 // Slots returns the current set.
 func (t *Tracker) Slots() *Slots { return t.current.Load() }
 
 // Changed returns a channel that is closed when the set is no longer the one
 // that Slots returns after this call.
 func (t *Tracker) Changed() <-chan struct{} {
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	t.lock()
+	defer t.unlock()
 	return t.changed
 }
 
@@ -107,8 +118,8 @@ func (t *Tracker) AddWindow(w Window) error {
 	if w.NPages == 0 || w.HVA&addr.PageMask != 0 || w.GFNs().Empty() || w.HVAs().NPages() != w.NPages {
 		return fail(errors.New("it is empty, not page aligned, or wraps"))
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	t.lock()
+	defer t.unlock()
 	if t.released {
 		return fail(notifier.ErrExited)
 	}
@@ -126,10 +137,20 @@ func (t *Tracker) AddWindow(w Window) error {
 	return nil
 }
 
-// InvalidateRangeStart does before a change what policy says.
+// InvalidateRangeStart does before a change what policy says. If the backend
+// refuses, the slots are as they were, and the error, which is for the report
+// of whoever makes the change, says why: a guest that uses what has gone then
+// leaves with EFAULT instead of an exit that names the address.
+//
+// A change that nobody may wait for leaves the mappings in place and takes their
+// pages only. The backend follows that by itself, and vCPUs could not be waited
+// for: nothing is done.
 func (t *Tracker) InvalidateRangeStart(inv *notifier.Invalidation) error {
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	if inv.NonBlockable {
+		return nil
+	}
+	t.lock()
+	defer t.unlock()
 	react := policy[inv.Event]
 	if react.hold {
 		t.backend.Hold()
@@ -151,8 +172,11 @@ func (t *Tracker) InvalidateRangeStart(inv *notifier.Invalidation) error {
 // which the guest meets as exits, not as wrong memory; the next bracket tries
 // again. The reason is in the trace, at the slot that was refused.
 func (t *Tracker) InvalidateRangeEnd(inv *notifier.Invalidation) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	if inv.NonBlockable {
+		return
+	}
+	t.lock()
+	defer t.unlock()
 	react := policy[inv.Event]
 	if react.hold {
 		defer t.backend.Release()
@@ -163,7 +187,9 @@ func (t *Tracker) InvalidateRangeEnd(inv *notifier.Invalidation) {
 	windows := t.current.Load().windows
 	moved := react.follow && !inv.Failed
 	if moved {
+		// What the windows show is a fact, whether or not the slots can follow.
 		windows = follow(windows, inv)
+		t.publishLocked(windows, t.current.Load().slots)
 	}
 	err := t.applyLocked(windows, t.deriveLocked(windows, nil), inv.Op)
 	t.behind = err != nil
@@ -218,8 +244,8 @@ func mergeWindows(windows []Window) []Window {
 // Release takes all slots away. The backend may be gone or about to go, so what
 // it says to that does not matter.
 func (t *Tracker) Release() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	t.lock()
+	defer t.unlock()
 	t.released = true
 	_ = t.applyLocked(nil, nil, 0)
 }

@@ -141,14 +141,12 @@ func (b *bench) check() {
 // hva returns the range of n pages from page i of the first window.
 func (b *bench) hva(i, n uint64) addr.HVARange { return addr.HVAs(addr.HVA(0x10000+i*page), n*page) }
 
-// bracket makes a change between start and end.
+// bracket makes a change between start and end, as mm does: also if the start
+// fails, which is returned.
 func (b *bench) bracket(inv notifier.Invalidation, change func()) error {
 	b.t.Helper()
 	err := b.InvalidateRangeStart(&inv)
-	inv.Failed = err != nil
-	if err == nil {
-		change()
-	}
+	change()
 	b.InvalidateRangeEnd(&inv)
 	return err
 }
@@ -294,8 +292,9 @@ func TestCutBeforeTheChange(t *testing.T) {
 	})
 }
 
-// TestRefusals has the backend refuse each call of a change in turn. The slots
-// are then what they were before, and the tracker and the backend agree.
+// TestRefusals has the backend refuse each call of a change in turn. The change
+// is made all the same, and the slots fit it at its end, or, where it is the end
+// that was refused, allow less.
 func TestRefusals(t *testing.T) {
 	for name, tt := range map[string]struct {
 		do    func(b *bench) error
@@ -303,8 +302,8 @@ func TestRefusals(t *testing.T) {
 		start bool // the refusal comes at the start, and reaches the caller
 		want  string
 	}{
-		"unmap":     {func(b *bench) error { return b.unmap(2, 3) }, 3, true, "wwwwww.w"},
-		"read-only": {func(b *bench) error { return b.protect(2, 1, addr.Read) }, 4, true, "wwwwww.w"},
+		"unmap":     {func(b *bench) error { return b.unmap(2, 3) }, 3, true, "ww...w.w"},
+		"read-only": {func(b *bench) error { return b.protect(2, 1, addr.Read) }, 4, true, "wwrwww.w"},
 		"map back":  {func(b *bench) error { return b.mapBack(6, 1) }, 3, false, "wwwwww.w"},
 		"remap":     {func(b *bench) error { return b.remap(2, 1, 0x90000) }, 4, false, "......" + ".w"},
 	} {
@@ -323,13 +322,13 @@ func TestRefusals(t *testing.T) {
 				if got := b.picture(8); got != tt.want {
 					t.Errorf("slots are %s, want %s", got, tt.want)
 				}
-				if tt.want == "wwwwww.w" {
+				if name == "map back" {
 					if diff := cmp.Diff(before, slices.Collect(b.Slots().All())); diff != "" {
 						t.Errorf("slots (-before +after):\n%s", diff)
 					}
 				}
 				b.check()
-				// The next bracket makes up for it.
+				// The next bracket makes up for what is missing.
 				if err := b.bracket(notifier.Invalidation{Range: b.hva(0, 1), Event: notifier.Clear, After: addr.ReadWrite}, func() {}); err != nil {
 					t.Fatal(err)
 				}
@@ -340,21 +339,31 @@ func TestRefusals(t *testing.T) {
 }
 
 // TestRefusedForGood has the backend refuse everything from each call on: the
-// former slots cannot be put back. What is published must still be what it has.
+// former slots cannot be put back. What is published must still be what it has,
+// and what it has missed is made up for once it recovers.
 func TestRefusedForGood(t *testing.T) {
-	for at := 1; at <= 3; at++ {
-		b := newBench(t, 8)
-		b.backend.calls, b.backend.failAt, b.backend.failFor = 0, at, 1000
-		if err := b.unmap(2, 3); !errors.Is(err, errBackend) {
-			t.Errorf("refused from call %d on: error is %v", at, err)
-		}
-		b.check()
-		b.backend.failAt = 0
-		if err := b.unmap(2, 3); err != nil {
-			t.Fatal(err)
-		}
-		if got := b.picture(8); got != "ww...www" {
-			t.Errorf("slots are %s after the backend recovered, want ww...www", got)
+	for name, tt := range map[string]struct {
+		do    func(b *bench) error
+		start bool // some of the calls come at the start
+		calls int
+	}{
+		"unmap": {func(b *bench) error { return b.unmap(2, 3) }, true, 3},
+		"remap": {func(b *bench) error { return b.remap(2, 3, 0x90000) }, false, 4},
+	} {
+		for at := 1; at <= tt.calls; at++ {
+			t.Run(fmt.Sprintf("%s/call=%d", name, at), func(t *testing.T) {
+				b := newBench(t, 8)
+				b.backend.calls, b.backend.failAt, b.backend.failFor = 0, at, 1000
+				if err := tt.do(b); tt.start != errors.Is(err, errBackend) {
+					t.Errorf("error is %v", err)
+				}
+				b.check()
+				b.backend.failAt = 0
+				if err := b.bracket(notifier.Invalidation{Range: b.hva(0, 1), Event: notifier.Clear, After: addr.ReadWrite}, func() {}); err != nil {
+					t.Fatal(err)
+				}
+				b.checkAgainstHost(8)
+			})
 		}
 	}
 }
@@ -397,17 +406,28 @@ func TestSlotNumbersAreRecycled(t *testing.T) {
 	}
 }
 
+// TestSlotLimit cuts a window into more pieces than there can be slots. The hole
+// for which there is no slot stays covered by one, until there are enough.
 func TestSlotLimit(t *testing.T) {
 	b := newBench(t, 256)
 	var err error
-	for i := uint64(0); i < 256 && err == nil; i += 2 {
-		err = b.unmap(i, 1)
+	var last uint64
+	for last = 0; last < 256; last += 2 {
+		if err = b.unmap(last, 1); err != nil {
+			break
+		}
 	}
 	if !errors.Is(err, ErrNoSlot) {
 		t.Errorf("cutting a window into more pieces than there are slots: %v, want ErrNoSlot", err)
 	}
 	if n := b.Slots().Len(); n != 64 {
 		t.Errorf("%d slots after the refusal, want all 64", n)
+	}
+	if _, ok := b.Slots().Lookup(addr.GFN(0x100 + last)); !ok {
+		t.Error("the last hole has no slot, though there was none to cut it with")
+	}
+	if err := b.mapBack(0, 3); err != nil {
+		t.Fatal(err)
 	}
 	b.checkAgainstHost(256)
 }

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/secondmmu/gvm/internal/lockorder"
 	"github.com/secondmmu/gvm/kvm"
 )
 
@@ -142,11 +143,14 @@ func (v *vcpu) run(ctx context.Context) error {
 			return err
 		}
 	}
+	lockorder.Wait(lockorder.MmapLock) // at the gate, which may be held throughout an invalidation
 	// With an access pending the guest must not run: the context may be done
 	// before the gate is stopped, and KVM would complete the access as it is.
 	for !v.exited && v.pending == nil && v.m.gate.enter(v) {
 		changes := v.m.memory.Changes()
+		lockorder.Acquire(lockorder.Guest)
 		exit, err := v.cpu.Run()
+		lockorder.Release(lockorder.Guest)
 		v.m.gate.leave(v)
 		switch {
 		case err == nil:

@@ -32,7 +32,6 @@ import (
 	"github.com/secondmmu/gvm/guests"
 	"github.com/secondmmu/gvm/kvm"
 	"github.com/secondmmu/gvm/mm"
-	"github.com/secondmmu/gvm/notifier"
 	"github.com/secondmmu/gvm/shadow"
 	"github.com/secondmmu/gvm/trace"
 )
@@ -150,11 +149,10 @@ func New(c Config) (_ *Machine, err error) {
 	if err != nil {
 		return nil, err
 	}
-	as := notifier.New()
-	m.memory = mm.New(as, c.Log)
+	m.memory = mm.New(c.Log)
 	m.tracker = shadow.NewTracker(m.memory, (*backend)(m), uint32(slots), c.Log)
 	if !c.Disconnected {
-		if _, err := as.Register(m.tracker); err != nil {
+		if err := m.memory.AddressSpace().Register(context.Background(), m.tracker); err != nil {
 			return nil, err
 		}
 	}

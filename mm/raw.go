@@ -3,8 +3,6 @@ package mm
 import (
 	"fmt"
 	"os"
-	"sync/atomic"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -13,19 +11,6 @@ import (
 
 // Addresses go to the kernel and come back as integers: nothing here is memory
 // of the Go heap, and the collector never sees a pointer to it.
-
-// bytesAt returns the n bytes at hva. They must be mapped while they are used.
-func bytesAt(hva addr.HVA, n int) []byte {
-	return unsafe.Slice((*byte)(pointer(hva)), n)
-}
-
-func load64(hva addr.HVA) uint64     { return atomic.LoadUint64((*uint64)(pointer(hva))) }
-func store64(hva addr.HVA, v uint64) { atomic.StoreUint64((*uint64)(pointer(hva)), v) }
-
-// pointer converts an address outside the Go heap. It goes through memory
-// because go vet takes a direct conversion for the misuse that it would be
-// inside the heap.
-func pointer(hva addr.HVA) unsafe.Pointer { return *(*unsafe.Pointer)(unsafe.Pointer(&hva)) }
 
 func mmap(r addr.HVARange, prot, flags, fd int, offset int64) (addr.HVA, error) {
 	p, _, errno := unix.Syscall6(unix.SYS_MMAP, uintptr(r.Start), uintptr(r.Bytes()), uintptr(prot), uintptr(flags), uintptr(fd), uintptr(offset))

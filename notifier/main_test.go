@@ -1,0 +1,9 @@
+package notifier
+
+import (
+	"testing"
+
+	"github.com/secondmmu/gvm/internal/gvmtest"
+)
+
+func TestMain(m *testing.M) { gvmtest.Main(m) }
