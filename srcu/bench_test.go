@@ -30,6 +30,16 @@ func BenchmarkReadSection(b *testing.B) {
 			}
 		})
 	})
+	b.Run("impl=pins", func(b *testing.B) { // what the runtime takes of impl=srcu to pin a goroutine twice
+		b.RunParallel(func(pb *testing.PB) {
+			for pb.Next() {
+				procPin()
+				procUnpin()
+				procPin()
+				procUnpin()
+			}
+		})
+	})
 	b.Run("impl=srcu.zero", func(b *testing.B) {
 		var d Domain
 		b.RunParallel(func(pb *testing.PB) {
