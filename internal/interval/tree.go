@@ -6,8 +6,8 @@ import (
 	"iter"
 )
 
-// A full leaf of 31 values of a word is 752 bytes, and one of 31 values of two
-// words is 1000: both just fit a size class of the allocator.
+// A full leaf of 31 values of a word is 760 bytes, and one of 31 values of two
+// words is 1008: both just fit a size class of the allocator.
 const (
 	fanout  = 31 // the most entries of a leaf, and children of an inner node
 	minimum = 8  // the fewest, other than in the root; 2*minimum <= fanout+1
@@ -17,6 +17,7 @@ const (
 // zero Tree is empty and ready for use. A Tree is not copied after first use.
 //
 // Any number of goroutines may look things up while nobody inserts or deletes.
+// To look things up while somebody does, they are given a [Tree.Clone].
 //
 // Values are hashed with [maphash.Comparable], which panics, as == does, if one is
 // an interface with a dynamic type that cannot be compared.
@@ -25,9 +26,16 @@ type Tree[V comparable] struct {
 	height int     // inner nodes on the way to a leaf
 	len    int
 
+	// owner tells the nodes that only this tree has from those that it shares
+	// with clones, which are copied before they are changed.
+	owner *owner
+
 	// hash orders entries of the same interval. It is set by the first Insert.
 	hash func(V) uint64
 }
+
+// owner is the identity of a tree, since it was last cloned.
+type owner struct{ _ byte }
 
 // node is a leaf or an inner node; the other pointer is nil.
 type node[V comparable] struct {
@@ -44,6 +52,7 @@ type key struct {
 // leaf holds entries in the order of their keys. Two entries have the same key
 // only if they are the same, or if hashes collide.
 type leaf[V comparable] struct {
+	owner *owner
 	n     int
 	first [fanout]uint64
 	last  [fanout]uint64
@@ -52,6 +61,7 @@ type leaf[V comparable] struct {
 
 // inner holds children in the order of their entries.
 type inner[V comparable] struct {
+	owner *owner
 	n     int
 	first [fanout]uint64  // of the key of the child's first entry
 	max   [fanout]uint64  // the greatest last of the child's entries
@@ -64,6 +74,29 @@ type tie struct{ last, hash uint64 }
 
 // Len returns the number of entries.
 func (t *Tree[V]) Len() int { return t.len }
+
+// Clone returns a tree with the same entries. It takes O(1): the two share their
+// nodes until one of them changes them, and copies those on the way to the change.
+// t may be looked up meanwhile, but not changed.
+func (t *Tree[V]) Clone() *Tree[V] {
+	c := *t
+	t.owner, c.owner = new(owner), new(owner)
+	return &c
+}
+
+// own makes nd, a place in a node that t owns or the root, a node that t owns.
+func (t *Tree[V]) own(nd *node[V]) {
+	switch {
+	case nd.leaf != nil && nd.leaf.owner != t.owner:
+		l := *nd.leaf
+		l.owner = t.owner
+		nd.leaf = &l
+	case nd.inner != nil && nd.inner.owner != t.owner:
+		in := *nd.inner
+		in.owner = t.owner
+		nd.inner = &in
+	}
+}
 
 // Insert adds the interval of all numbers from first to last, both of them
 // included, with the value v. What is in the tree already stays there: after the
@@ -84,10 +117,10 @@ func (t *Tree[V]) Insert(first, last uint64, v V) {
 		t.hash = func(v V) uint64 { return maphash.Comparable(seed, v) }
 	}
 	if t.root == (node[V]{}) {
-		t.root.leaf = new(leaf[V])
+		t.root.leaf = &leaf[V]{owner: t.owner}
 	}
-	if right := t.insert(t.root, key{first, last, t.hash(v)}, v); right != (node[V]{}) {
-		root := new(inner[V])
+	if right := t.insert(&t.root, key{first, last, t.hash(v)}, v); right != (node[V]{}) {
+		root := &inner[V]{owner: t.owner}
 		root.n = 2
 		root.child[0], root.child[1] = t.root, right
 		t.describe(root, 0)
@@ -100,12 +133,13 @@ func (t *Tree[V]) Insert(first, last uint64, v V) {
 
 // insert adds an entry below nd. If nd was full, the last of what it has are moved
 // to a new node, which is returned.
-func (t *Tree[V]) insert(nd node[V], k key, v V) (right node[V]) {
+func (t *Tree[V]) insert(nd *node[V], k key, v V) (right node[V]) {
+	t.own(nd)
 	if l := nd.leaf; l != nil {
 		i := t.search(l, k)
 		if l.n == fanout {
 			at := splitPoint(i)
-			r := new(leaf[V])
+			r := &leaf[V]{owner: t.owner}
 			l.moveTail(at, r)
 			right.leaf = r
 			if i > at {
@@ -117,7 +151,7 @@ func (t *Tree[V]) insert(nd node[V], k key, v V) (right node[V]) {
 	}
 	in := nd.inner
 	i := max(in.search(k)-1, 0)
-	child := t.insert(in.child[i], k, v)
+	child := t.insert(&in.child[i], k, v)
 	t.describe(in, i)
 	if child == (node[V]{}) {
 		return right
@@ -125,7 +159,7 @@ func (t *Tree[V]) insert(nd node[V], k key, v V) (right node[V]) {
 	i++
 	if in.n == fanout {
 		at := splitPoint(i)
-		r := new(inner[V])
+		r := &inner[V]{owner: t.owner}
 		in.moveTail(at, r)
 		right.inner = r
 		if i > at {
@@ -218,7 +252,7 @@ func (nd node[V]) visit(first, last uint64, yield func(V) bool) bool {
 // whether there was one. It takes O(log n), however many entries have the same
 // interval.
 func (t *Tree[V]) Delete(first, last uint64, v V) bool {
-	if t.len == 0 || !t.remove(t.root, key{first, last, t.hash(v)}, v) {
+	if t.len == 0 || !t.remove(&t.root, key{first, last, t.hash(v)}, v) {
 		return false
 	}
 	t.len--
@@ -231,7 +265,8 @@ func (t *Tree[V]) Delete(first, last uint64, v V) bool {
 
 // remove deletes an entry below nd, and reports whether there was one. It may
 // leave nd with one entry less than the minimum.
-func (t *Tree[V]) remove(nd node[V], k key, v V) bool {
+func (t *Tree[V]) remove(nd *node[V], k key, v V) bool {
+	t.own(nd)
 	if l := nd.leaf; l != nil {
 		for i := t.search(l, k); i < l.n && t.key(l, i) == k; i++ {
 			if l.value[i] == v {
@@ -243,7 +278,7 @@ func (t *Tree[V]) remove(nd node[V], k key, v V) bool {
 	}
 	in := nd.inner
 	for i := in.search(k) - 1; i >= 0; i-- {
-		if t.remove(in.child[i], k, v) {
+		if t.remove(&in.child[i], k, v) {
 			t.mend(in, i)
 			return true
 		}
@@ -262,6 +297,8 @@ func (t *Tree[V]) mend(in *inner[V], i int) {
 		return
 	}
 	i = min(i, in.n-2)
+	t.own(&in.child[i])
+	t.own(&in.child[i+1])
 	a, b := in.child[i], in.child[i+1]
 	switch sum := a.len() + b.len(); {
 	case sum <= fanout:

@@ -58,12 +58,12 @@ func (m *model) overlapping(first, last uint64) []entry {
 // both is a tree and its model.
 type both struct {
 	t     testing.TB
-	tree  Tree[entry]
+	tree  *Tree[entry]
 	model model
 }
 
 func newBoth(t testing.TB, entries ...entry) *both {
-	b := &both{t: t}
+	b := &both{t: t, tree: new(Tree[entry])}
 	for _, e := range entries {
 		b.insert(e)
 	}
@@ -98,6 +98,8 @@ func (b *both) stab(first, last uint64) {
 		b.t.Fatalf("Overlaps(%#x, %#x) = %v, and the model finds %v", first, last, got, want)
 	}
 }
+
+func (b *both) clone() *both { return &both{b.t, b.tree.Clone(), slices.Clone(b.model)} }
 
 // check compares everything.
 func (b *both) check() {
@@ -341,6 +343,53 @@ func TestRandom(t *testing.T) {
 	b.check()
 }
 
+// TestClone changes trees that share nodes, each of which keeps its own entries.
+func TestClone(t *testing.T) {
+	r := seeded(t)
+	family := []*both{newBoth(t)}
+	for i := range 10_000 {
+		b := family[r.IntN(len(family))]
+		if insert := r.IntN(100) < 60; insert || len(b.model) == 0 {
+			first := r.Uint64N(1000)
+			b.insert(entry{first, first + r.Uint64N(1<<r.IntN(8)), r.IntN(3)})
+		} else {
+			b.delete(b.model[r.IntN(len(b.model))])
+		}
+		if i%100 == 0 {
+			family = append(family, b.clone())
+			if len(family) > 8 {
+				family = slices.Delete(family, 0, 1+r.IntN(4))
+			}
+			for _, b := range family {
+				b.check()
+			}
+		}
+	}
+}
+
+// TestCloneWhileReading looks a tree up while others change clones of it.
+func TestCloneWhileReading(t *testing.T) {
+	const n = 1000
+	b := newBoth(t, entriesOf(nil, shapes[1].nth, n)...)
+	next := b.tree.Clone()
+	var reader sync.WaitGroup
+	reader.Go(func() {
+		for range 100 {
+			if got := len(slices.Collect(b.tree.Overlapping(0, math.MaxUint64))); got != n {
+				t.Errorf("a lookup finds %d entries, want %d", got, n)
+			}
+		}
+	})
+	for range 10 {
+		for _, e := range b.model[:n/2] {
+			next.Delete(e.first, e.last, e)
+		}
+		next = b.tree.Clone()
+	}
+	reader.Wait()
+	b.check()
+}
+
 // TestEqualHashes has hashes collide, which they hardly ever do by themselves.
 func TestEqualHashes(t *testing.T) {
 	for hashes := range 4 {
@@ -369,6 +418,7 @@ func FuzzTree(f *testing.F) {
 	f.Add([]byte("\x00" + "i\x04\x06\x00" + "i\x04\x06\x00" + "d\x04\x06\x00" + "s\x06\x07\x00"))
 	f.Add([]byte("\x00" + "i\x00\xff\x00" + "i\xff\xff\x00" + "i\x00\x00\x01" + "s\xfe\xff\x00" + "D\x00\x03\x00"))
 	f.Add([]byte("\x00" + "I\x10\x01\x00" + "I\x10\x01\x01" + "D\x20\x30\x00" + "D\x00\x30\x00"))
+	f.Add([]byte("\x00" + "I\x30\x01\x00" + "c\x00\x00\x00" + "D\x04\x20\x00" + "c\x00\x00\x00" + "I\x30\x01\x01"))
 	f.Add([]byte("\x02" + "I\x10\x00\x00" + "I\x10\x00\x00" + "D\x20\x30\x00" + "d\x10\x10\x00"))
 	f.Fuzz(func(t *testing.T, prog []byte) {
 		if len(prog) == 0 {
@@ -381,6 +431,7 @@ func FuzzTree(f *testing.F) {
 		number := func(b byte) uint64 { // both ends of the range
 			return uint64(int64(int8(b)))
 		}
+		var clones []*both
 		for prog = prog[1:min(len(prog), 1+4*64)]; len(prog) >= 4; prog = prog[4:] {
 			op, x, y, v := prog[0], prog[1], prog[2], int(prog[3])
 			first, last := number(x), number(y)
@@ -394,6 +445,9 @@ func FuzzTree(f *testing.F) {
 				for i := range uint64(x) {
 					b.insert(entry{i * uint64(y), i*uint64(y) + uint64(v), v})
 				}
+			case 'c': // from here on the clone is the one that changes
+				clones = append(clones, b)
+				b = b.clone()
 			case 'D': // y of them, in the order in which they come
 				all := b.model.overlapping(0, math.MaxUint64)
 				from := min(int(x), len(all))
@@ -403,6 +457,9 @@ func FuzzTree(f *testing.F) {
 			}
 			b.stab(first, last)
 			b.stab(last, last)
+			b.check()
+		}
+		for _, b := range clones {
 			b.check()
 		}
 	})
@@ -725,7 +782,7 @@ func TestCheck(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := newBoth(t, entriesOf(nil, shapes[1].nth, n)...)
 			b.check()
-			tt.damage(&b.tree)
+			tt.damage(b.tree)
 			if err := b.tree.Check(); err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("Check = %v\nwant one with %q", err, tt.want)
 			}
