@@ -4,6 +4,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/secondmmu/gvm/internal/lockorder"
 )
 
 // gate keeps vCPUs out of the guest while something happens that they must not
@@ -16,12 +18,34 @@ import (
 // A kick cannot be lost. Both sides change a vCPU's immediate-exit flag with mu
 // held, enter clears it as it lets the vCPU in, and Hold sets it before it sends
 // the signal: the signal finds the thread in KVM_RUN, or KVM_RUN finds the flag.
+//
+// An access that the guest began and a vCPU's thread completes from outside is
+// the guest's all the same. The thread calls begin and end around each try. Pause
+// is a Hold for whoever wants the guest's memory to stand still, and waits for
+// such accesses too:
+//
+//	vCPU's thread                    Pause
+//	begin: accesses++
+//	                                 pauses++
+//	the access                       waits for accesses == 0
+//	end: accesses--
+//	                                 returns
+//	begin waits for pauses == 0
+//
+// Hold, which comes from inside an invalidation, does not wait for them. It must
+// not: begin is outside of the mapping lock, and a try inside waits for the
+// invalidation to end. It need not: an access that holds the mapping lock is not
+// there at the time, and one that will get it comes after the change. Between
+// tries, while an access waits for a page, it does not count: so whoever pauses
+// the guest may take its time, and may give the page back.
 type gate struct {
-	mu      sync.Mutex
-	changed sync.Cond      // signalled when inside becomes empty, holds 0, or stopped true
-	holds   int            // protected by mu
-	inside  map[*vcpu]bool // protected by mu
-	stopped bool           // vCPUs are not let in, and are not kept waiting; protected by mu
+	mu       sync.Mutex
+	changed  sync.Cond      // signalled when inside becomes empty, accesses, holds or pauses 0, or stopped true
+	holds    int            // Pauses are counted too; protected by mu
+	pauses   int            // protected by mu
+	accesses int            // tries between begin and end; protected by mu
+	inside   map[*vcpu]bool // protected by mu
+	stopped  bool           // vCPUs are not let in, and are not kept waiting; protected by mu
 }
 
 func (g *gate) init() {
@@ -55,6 +79,35 @@ func (g *gate) leave(v *vcpu) {
 	}
 }
 
+// begin lets a vCPU's thread try an access of the guest, after all pauses. It
+// reports false if the gate has been stopped before that; the access stays
+// pending then.
+//
+// Preconditions: those of waiting for the mapping lock, which the try takes. A
+// Hold does not keep it out.
+func (g *gate) begin() bool {
+	lockorder.Wait(lockorder.MmapLock) // whoever has paused the guest may want any lock before it resumes
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for g.pauses > 0 && !g.stopped {
+		g.changed.Wait()
+	}
+	if g.pauses > 0 {
+		return false
+	}
+	g.accesses++
+	return true
+}
+
+// end ends a try that begin has let in.
+func (g *gate) end() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.accesses--; g.accesses == 0 {
+		g.changed.Broadcast()
+	}
+}
+
 // Hold returns when no vCPU is inside, and none enters until Release. Holds
 // nest. It is not called by a vCPU that is inside.
 func (g *gate) Hold() {
@@ -71,12 +124,47 @@ func (g *gate) Hold() {
 func (g *gate) Release() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	g.releaseLocked()
+}
+
+func (g *gate) releaseLocked() {
 	if g.holds == 0 {
 		panic("vm: a gate is released that nobody holds")
 	}
 	if g.holds--; g.holds == 0 {
 		g.changed.Broadcast()
 	}
+}
+
+// Pause is Hold, and no access is tried on a vCPU's behalf either when it
+// returns, nor until Resume. It is not called by a vCPU's thread between begin
+// and end.
+//
+// Preconditions: no mapping lock is held, nor any lock that is taken inside of
+// one: a try may be waiting for it.
+func (g *gate) Pause() {
+	lockorder.Wait(lockorder.MmapLock)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.holds++
+	g.pauses++
+	g.kickLocked()
+	for len(g.inside) > 0 || g.accesses > 0 {
+		g.changed.Wait()
+	}
+}
+
+// Resume ends one Pause.
+func (g *gate) Resume() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.pauses == 0 {
+		panic("vm: a machine is resumed that nobody has paused")
+	}
+	if g.pauses--; g.pauses == 0 {
+		g.changed.Broadcast()
+	}
+	g.releaseLocked()
 }
 
 // stop makes every vCPU leave, and enter report false until restart.

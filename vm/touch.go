@@ -22,7 +22,11 @@ type ExitError struct {
 	VCPU   int
 	Exit   string // the exit as KVM gave it
 	Reason string // what it means
-	RIP    uint64
+	RIP    uint64 // 0 with NoRIP
+
+	// NoRIP says that the host does not tell where the guest was: on AMD, KVM
+	// resets a vCPU whose guest has shut down before it reports the exit.
+	NoRIP bool
 
 	// If the guest used an address that the host does not back: the address,
 	// how it was used, what the host has there, and the newest operation on it.
@@ -38,7 +42,11 @@ type ExitError struct {
 
 func (e *ExitError) Error() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "vCPU %d at rip 0x%x: %s", e.VCPU, e.RIP, e.Reason)
+	if e.NoRIP {
+		fmt.Fprintf(&b, "vCPU %d at an unknown rip: %s", e.VCPU, e.Reason)
+	} else {
+		fmt.Fprintf(&b, "vCPU %d at rip 0x%x: %s", e.VCPU, e.RIP, e.Reason)
+	}
 	if e.Access != addr.NoAccess {
 		verb := "reads"
 		if e.Access&addr.Write != 0 {
@@ -66,18 +74,52 @@ func (v *vcpu) exitError(exit kvm.Exit, reason string) error {
 	e := &ExitError{VCPU: v.id, Exit: exit.String(), Reason: reason}
 	regs, err := v.cpu.Regs()
 	if err != nil {
-		e.Err = err
+		e.Err, e.NoRIP = err, true
 		return e
 	}
 	e.RIP = regs.Rip
-	if _, ok := exit.(*kvm.InternalErrorExit); ok {
+	switch exit.(type) {
+	case *kvm.InternalErrorExit:
 		// The instruction may be one that KVM could not fetch: an instruction
 		// fetch from a page without a slot ends like this.
 		if u, ok := v.firstUnbacked(&regs); ok {
 			return v.describe(e, u)
 		}
+	case *kvm.ShutdownExit:
+		sregs, err := v.cpu.Sregs()
+		if err != nil {
+			e.Err = err
+			return e
+		}
+		if isReset(&regs, &sregs) {
+			e.RIP, e.NoRIP = 0, true
+			e.Reason += ", and this host does not keep the registers of a guest that shuts down"
+		}
 	}
 	return e
+}
+
+// isReset reports whether a vCPU is about to fetch its first instruction after
+// RESET or INIT. No guest here begins there, or gets there: it would have to
+// leave long mode and jump to the firmware that there is none of.
+func isReset(regs *kvm.Regs, sregs *kvm.Sregs) bool {
+	const protected = 1 << 0
+	return regs.Rip == 0xfff0 && sregs.CS.Base == 0xffff0000 && sregs.CR0&protected == 0
+}
+
+// exitOnEmulationFailure has KVM report an instruction that it cannot emulate,
+// where the host can. Otherwise a guest at CPL 3 is given an invalid opcode
+// exception for it, and if it has no handler the exit is a shutdown, which tells
+// less: on AMD not even rip. Fetches from pages without a slot end so.
+//
+// A host that offers this and then refuses costs nothing but a good error.
+func exitOnEmulationFailure(m *kvm.VM) error {
+	offered, err := m.CheckExtension(kvm.CapExitOnEmulationFailure)
+	if err != nil || offered == 0 {
+		return err
+	}
+	_ = m.EnableCap(kvm.CapExitOnEmulationFailure, 0, 1)
+	return nil
 }
 
 // use is one use of guest memory.
@@ -116,6 +158,10 @@ func (v *vcpu) touch(ctx context.Context, e *kvm.MMIOExit) error {
 		u.access = addr.ReadWrite
 	}
 	complete := func() error {
+		if !v.m.gate.begin() {
+			return errStopped
+		}
+		defer v.m.gate.end()
 		if e.Write {
 			return v.m.WriteGuest(e.GPA, e.Data)
 		}
@@ -184,7 +230,8 @@ func (v *vcpu) wait(ctx context.Context, u use, try func() error) error {
 	}
 }
 
-// errStopped is what wait returns when the run was stopped meanwhile.
+// errStopped is what wait returns, and may be given by a try, when the run was
+// stopped meanwhile.
 var errStopped = errors.New("the run was stopped")
 
 func (v *vcpu) record(u use, what string) {

@@ -9,6 +9,7 @@
 //
 // # Lock order
 //
+//	gate.mu, in Pause        waits, as a condition, for accesses that are in progress
 //	the address space's mapping lock
 //	    shadow.Tracker.mu
 //	        gate.mu          waits, as a condition, for vCPUs to leave the guest
@@ -143,6 +144,9 @@ func New(c Config) (_ *Machine, err error) {
 		return nil, err
 	}
 	if m.vm, err = sys.CreateVM(); err != nil {
+		return nil, err
+	}
+	if err := exitOnEmulationFailure(m.vm); err != nil {
 		return nil, err
 	}
 	slots, err := m.vm.CheckExtension(kvm.CapNrMemslots)
@@ -297,13 +301,19 @@ func (m *Machine) Slots() *shadow.Slots { return m.tracker.Slots() }
 // guest has read enough, or fails with os.ErrClosed once the machine is closed.
 func (m *Machine) SerialInput() io.Writer { return &m.devices.uart }
 
-// Pause returns when no vCPU executes guest code, and none will until Resume. An
-// exit that is being handled may still be completed. Pauses nest. It is not
-// called from OnMark.
-func (m *Machine) Pause() { m.gate.Hold() }
+// Pause returns when no vCPU executes guest code, and none will until Resume. Nor
+// will an access be completed that a guest has begun and the machine carries out
+// for it, as Wait has it do: no guest reads or writes its memory meanwhile, by
+// itself or by proxy. Other exits may still be handled: something is printed,
+// OnMark is called. Where memory is missing, a guest may be stopped between the
+// read and the write of one instruction.
+//
+// Pauses nest. Pause is called neither from OnMark nor by a subscriber of the
+// address space, and not with the mapping lock held.
+func (m *Machine) Pause() { m.gate.Pause() }
 
 // Resume ends one Pause.
-func (m *Machine) Resume() { m.gate.Release() }
+func (m *Machine) Resume() { m.gate.Resume() }
 
 // ReadGuest copies guest memory at gpa to p.
 func (m *Machine) ReadGuest(gpa addr.GPA, p []byte) error {
