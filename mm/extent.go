@@ -85,6 +85,30 @@ func (s extents) in(r addr.HVARange) iter.Seq[Extent] {
 	}
 }
 
+// around returns the access at hva, and the part of within around hva in which it is
+// the same.
+func (s extents) around(hva addr.HVA, within addr.HVARange) (run addr.HVARange, access addr.Access) {
+	i := s.find(hva)
+	if i == len(s) || hva < s[i].Range.Start {
+		run = within
+		if i > 0 {
+			run.Start = max(run.Start, s[i-1].Range.End)
+		}
+		if i < len(s) {
+			run.End = min(run.End, s[i].Range.Start)
+		}
+		return run, addr.NoAccess
+	}
+	run, access = s[i].Range, s[i].Access
+	for j := i - 1; j >= 0 && within.Start < run.Start && s[j].Range.End == run.Start && s[j].Access == access; j-- {
+		run.Start = s[j].Range.Start
+	}
+	for j := i + 1; j < len(s) && run.End < within.End && s[j].Range.Start == run.End && s[j].Access == access; j++ {
+		run.End = s[j].Range.End
+	}
+	return run.Intersect(within), access
+}
+
 // set makes x what its range is.
 func (s *extents) set(x Extent) {
 	old := *s

@@ -23,6 +23,7 @@
 package mm
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -269,6 +270,20 @@ func (m *Memory) Walk(r addr.HVARange, fn func(r addr.HVARange, access addr.Acce
 	if at < r.End {
 		fn(addr.HVARange{Start: at, End: r.End}, addr.NoAccess)
 	}
+}
+
+// Lookup returns the access that the mapping of hva allows, and the longest run of
+// addresses around hva and in within, all of which have mappings that allow just
+// that. Where nothing is mapped, or nothing is known of the address, that is
+// NoAccess. It takes the mapping lock for reading; if ctx is done before it has
+// it, it returns an error that is EINTR.
+func (m *Memory) Lookup(ctx context.Context, hva addr.HVA, within addr.HVARange) (run addr.HVARange, access addr.Access, err error) {
+	if err := m.as.RLockContext(ctx); err != nil {
+		return addr.HVARange{}, addr.NoAccess, fmt.Errorf("look up the mapping of %v: %w", hva, err)
+	}
+	defer m.as.RUnlock()
+	run, access = m.extents.around(hva, within)
+	return run, access, nil
 }
 
 // Changes returns the number of changes carried out so far. It takes no lock: a

@@ -1,6 +1,7 @@
 package mm
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -572,5 +573,52 @@ func BenchmarkDiscard(b *testing.B) {
 				}
 			}
 		})
+	}
+}
+
+// TestLookup compares the access around an address with what Walk says.
+func TestLookup(t *testing.T) {
+	m, r := newMemory(t, RegionConfig{})
+	for i, access := range []addr.Access{addr.Read, addr.NoAccess, addr.Read, addr.Read} {
+		if err := m.Protect(part(r, uint64(1+2*i), 2), access); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := m.Unmap(part(r, 4, 1)); err != nil {
+		t.Fatal(err)
+	}
+	outside := addr.HVARange{Start: r.Range.Start - 4*addr.PageSize, End: r.Range.End + 4*addr.PageSize}
+	for _, within := range []addr.HVARange{r.Range, part(r, 1, 5), outside} {
+		var runs []addr.HVARange // as of Walk, those of the same access as one
+		var accesses []addr.Access
+		m.as.RLock()
+		m.Walk(within, func(r addr.HVARange, access addr.Access) {
+			if n := len(runs); n > 0 && accesses[n-1] == access && runs[n-1].End == r.Start {
+				runs[n-1].End = r.End
+				return
+			}
+			runs, accesses = append(runs, r), append(accesses, access)
+		})
+		m.as.RUnlock()
+		for hva := within.Start; hva < within.End; hva += addr.PageSize / 2 {
+			run, access, err := m.Lookup(context.Background(), hva, within)
+			i := slices.IndexFunc(runs, func(r addr.HVARange) bool { return r.Start <= hva && hva < r.End })
+			// Unmapped memory and memory nobody knows of are not one run.
+			if err != nil || access != accesses[i] || !runs[i].Contains(run) || !run.Contains(addr.HVAs(hva, 1)) || access != addr.NoAccess && run != runs[i] {
+				t.Errorf("Lookup of %v in %v gives %v %v, %v; want %v %v", hva, within, run, access, err, runs[i], accesses[i])
+			}
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	m.as.Lock()
+	defer m.as.Unlock()
+	canceled := make(chan error)
+	go func() {
+		_, _, err := m.Lookup(ctx, r.Range.Start, r.Range)
+		canceled <- err
+	}()
+	if err := <-canceled; !errors.Is(err, unix.EINTR) || !errors.Is(err, context.Canceled) {
+		t.Errorf("Lookup while the mapping changes and with a context that is done: %v, want EINTR", err)
 	}
 }

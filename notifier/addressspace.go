@@ -131,6 +131,12 @@ func (as *AddressSpace) Unlock() { as.mmapLock.unlock() }
 // RUnlock. It must not be taken again inside, nor in a subscriber's method.
 func (as *AddressSpace) RLock() { _ = as.mmapLock.rlock(context.Background()) }
 
+// RLockContext is RLock, unless ctx is done before the lock was taken; then it
+// returns an error that is EINTR and the cause.
+func (as *AddressSpace) RLockContext(ctx context.Context) error {
+	return interrupted("wait for the mapping lock", as.mmapLock.rlock(ctx))
+}
+
 // RUnlock gives the mapping lock back after RLock.
 func (as *AddressSpace) RUnlock() { as.mmapLock.runlock() }
 

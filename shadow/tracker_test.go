@@ -1,6 +1,7 @@
 package shadow
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -27,6 +28,18 @@ func (h hostModel) Walk(r addr.HVARange, fn func(addr.HVARange, addr.Access)) {
 	for at := r.Start; at < r.End; at += page {
 		fn(addr.HVAs(at, page), h[at])
 	}
+}
+
+func (h hostModel) Lookup(_ context.Context, hva addr.HVA, within addr.HVARange) (run addr.HVARange, access addr.Access, err error) {
+	access = h[hva&^addr.PageMask]
+	run = addr.HVAs(hva&^addr.PageMask, page)
+	for within.Start < run.Start && h[run.Start-page] == access {
+		run.Start -= page
+	}
+	for run.End < within.End && h[run.End] == access {
+		run.End += page
+	}
+	return run, access, nil
 }
 
 func (h hostModel) set(r addr.HVARange, access addr.Access) {
@@ -93,6 +106,23 @@ func (b *backendModel) DeleteSlot(s Slot) error {
 	return nil
 }
 
+func (b *backendModel) ChangeSlot(from, to Slot) error {
+	b.t.Helper()
+	if err := b.call(); err != nil {
+		return err
+	}
+	if b.slots[from.ID] != from || from.ID != to.ID || from.HVA != to.HVA || from.NPages != to.NPages || from.Access != to.Access {
+		b.t.Errorf("%v is changed to %v, and the backend has %v", from, to, b.slots[from.ID])
+	}
+	for _, o := range b.slots {
+		if o.ID != to.ID && o.GFNs().Overlaps(to.GFNs()) {
+			b.t.Errorf("%v is moved over %v", to, o)
+		}
+	}
+	b.slots[to.ID] = to
+	return nil
+}
+
 // bench is a tracker over models.
 type bench struct {
 	*Tracker
@@ -119,6 +149,9 @@ func newBench(t *testing.T, n uint64) *bench {
 // check compares what the tracker publishes with what the backend has.
 func (b *bench) check() {
 	b.t.Helper()
+	if err := b.Tracker.Check(); err != nil {
+		b.t.Error(err)
+	}
 	set := b.Slots()
 	if got := len(b.backend.slots); got != set.Len() {
 		b.t.Errorf("the backend has %d slots, %d are published", got, set.Len())
@@ -417,8 +450,8 @@ func TestSlotLimit(t *testing.T) {
 			break
 		}
 	}
-	if !errors.Is(err, ErrNoSlot) {
-		t.Errorf("cutting a window into more pieces than there are slots: %v, want ErrNoSlot", err)
+	if !errors.Is(err, ErrSlotLimit) {
+		t.Errorf("cutting a window into more pieces than there are slots: %v, want ErrSlotLimit", err)
 	}
 	if n := b.Slots().Len(); n != 64 {
 		t.Errorf("%d slots after the refusal, want all 64", n)
@@ -453,7 +486,7 @@ func TestWindowErrors(t *testing.T) {
 
 func TestReleaseTakesAllSlots(t *testing.T) {
 	b := newBench(t, 8)
-	changed := b.Changed()
+	changed := b.Slots().Changed()
 	b.Release()
 	<-changed
 	if b.Slots().Len() != 0 {
@@ -506,36 +539,5 @@ func TestRandomChanges(t *testing.T) {
 	}
 	if b.Slots().Len() != 1 {
 		t.Errorf("with all mapped again there are slots %v, want one", slices.Collect(b.Slots().All()))
-	}
-}
-
-type nullBackend struct{}
-
-func (nullBackend) Hold()                 {}
-func (nullBackend) Release()              {}
-func (nullBackend) CreateSlot(Slot) error { return nil }
-func (nullBackend) DeleteSlot(Slot) error { return nil }
-
-type wholeHost struct{}
-
-func (wholeHost) Walk(r addr.HVARange, fn func(addr.HVARange, addr.Access)) { fn(r, addr.ReadWrite) }
-
-// BenchmarkBracket times the tracker's part of a change that leaves the slots
-// alone and of one that cuts a page out of a window.
-func BenchmarkBracket(b *testing.B) {
-	t := NewTracker(wholeHost{}, nullBackend{}, 64, nil)
-	if err := t.AddWindow(Window{Name: "ram", NPages: 1 << 18, HVA: 1 << 30}); err != nil {
-		b.Fatal(err)
-	}
-	for _, event := range []notifier.Event{notifier.Clear, notifier.Unmap} {
-		b.Run("event="+event.String(), func(b *testing.B) {
-			for b.Loop() {
-				inv := notifier.Invalidation{Range: addr.HVAs(1<<30+1<<20, page), Event: event}
-				if err := t.InvalidateRangeStart(&inv); err != nil {
-					b.Fatal(err)
-				}
-				t.InvalidateRangeEnd(&inv)
-			}
-		})
 	}
 }

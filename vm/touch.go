@@ -14,6 +14,7 @@ import (
 	"github.com/secondmmu/gvm/addr"
 	"github.com/secondmmu/gvm/kvm"
 	"github.com/secondmmu/gvm/mm"
+	"github.com/secondmmu/gvm/shadow"
 	"github.com/secondmmu/gvm/trace"
 )
 
@@ -168,7 +169,7 @@ func (v *vcpu) touch(ctx context.Context, e *kvm.MMIOExit) error {
 		return v.m.ReadGuest(e.GPA, e.Data)
 	}
 	// A change in flight may have taken the slot away and not have put it back
-	// yet. The access waits for the mapping lock, so it comes after the change.
+	// yet. The table waits for its end, so the access comes after the change.
 	err := v.wait(ctx, u, complete)
 	switch {
 	case err == nil:
@@ -206,7 +207,7 @@ func fill(p []byte) {
 func (v *vcpu) wait(ctx context.Context, u use, try func() error) error {
 	waited := false
 	for {
-		changed := v.m.tracker.Changed() // before the try: what changes after it is not missed
+		changed := v.m.tracker.Slots().Changed() // before the try: what changes after it is not missed
 		err := try()
 		if err == nil {
 			if waited {
@@ -214,9 +215,12 @@ func (v *vcpu) wait(ctx context.Context, u use, try func() error) error {
 			}
 			return nil
 		}
-		var denied *mm.AccessError
+		var denied *shadow.AccessError
 		if v.m.config.Touch != Wait || !errors.As(err, &denied) {
 			return err
+		}
+		if _, err := v.m.hva(denied.GPA); err != nil {
+			return err // it is not RAM, and will not be
 		}
 		if !waited {
 			v.record(u, "waits")
@@ -315,7 +319,7 @@ func (v *vcpu) backed(u use) error {
 	}
 	for _, x := range v.m.memory.Extents(addr.HVAs(hva, uint64(u.n))) {
 		if x.Access&u.access != u.access {
-			return &mm.AccessError{Access: u.access, Range: x.Range, Why: x.String(), Err: unix.EFAULT}
+			return &shadow.AccessError{GPA: u.gpa, N: u.n, Access: u.access, Err: fmt.Errorf("%v: %w", x, unix.EFAULT)}
 		}
 	}
 	return nil

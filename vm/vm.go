@@ -11,7 +11,7 @@
 //
 //	gate.mu, in Pause        waits, as a condition, for accesses that are in progress
 //	the address space's mapping lock
-//	    shadow.Tracker.mu
+//	    the tracker's locks  see package shadow
 //	        gate.mu          waits, as a condition, for vCPUs to leave the guest
 //	Machine.mu               a leaf
 //	devices.mu               a leaf, but for the console's Write
@@ -315,50 +315,29 @@ func (m *Machine) Pause() { m.gate.Pause() }
 // Resume ends one Pause.
 func (m *Machine) Resume() { m.gate.Resume() }
 
-// ReadGuest copies guest memory at gpa to p.
+// Table returns the table through which the host's side uses the guest's memory: see
+// there for accesses of other kinds, and for the log of what was written.
+func (m *Machine) Table() *shadow.Table { return m.tracker.Table() }
+
+// ReadGuest copies guest memory at gpa to p. It blocks while the mapping changes;
+// memory that is not there gives a *shadow.AccessError, and p may have been written
+// in part.
 func (m *Machine) ReadGuest(gpa addr.GPA, p []byte) error {
-	return m.guestBytes(gpa, p, m.memory.ReadAt)
+	_, err := m.tracker.Table().ReadAt(p, int64(gpa))
+	return err
 }
 
-// WriteGuest copies p to guest memory at gpa.
+// WriteGuest copies p to guest memory at gpa, as ReadGuest does the other way round.
 func (m *Machine) WriteGuest(gpa addr.GPA, p []byte) error {
-	return m.guestBytes(gpa, p, m.memory.WriteAt)
-}
-
-// guestBytes applies an access to the host memory that gpa and what follows are
-// shown from, page by page: neighbours in the guest need not be so in the host.
-func (m *Machine) guestBytes(gpa addr.GPA, p []byte, access func([]byte, addr.HVA) error) error {
-	for len(p) > 0 {
-		n := min(uint64(len(p)), addr.PageSize-gpa.Offset())
-		hva, err := m.hva(gpa)
-		if err != nil {
-			return err
-		}
-		if err := access(p[:n], hva); err != nil {
-			return fmt.Errorf("%v: %w", gpa, err)
-		}
-		gpa, p = gpa+addr.GPA(n), p[n:]
-	}
-	return nil
+	_, err := m.tracker.Table().WriteAt(p, int64(gpa))
+	return err
 }
 
 // Load64 reads the 8 bytes at gpa, a multiple of 8, as one atomic access.
-func (m *Machine) Load64(gpa addr.GPA) (uint64, error) {
-	hva, err := m.hva(gpa)
-	if err != nil {
-		return 0, err
-	}
-	return m.memory.Load64(hva)
-}
+func (m *Machine) Load64(gpa addr.GPA) (uint64, error) { return m.tracker.Table().Load64(gpa) }
 
 // Store64 writes the 8 bytes at gpa, a multiple of 8, as one atomic access.
-func (m *Machine) Store64(gpa addr.GPA, v uint64) error {
-	hva, err := m.hva(gpa)
-	if err != nil {
-		return err
-	}
-	return m.memory.Store64(hva, v)
-}
+func (m *Machine) Store64(gpa addr.GPA, v uint64) error { return m.tracker.Table().Store64(gpa, v) }
 
 // Result reads a result word of a vCPU's guest; word 0 is its progress.
 func (m *Machine) Result(vcpu, word int) (uint64, error) {
@@ -383,10 +362,16 @@ func (b *backend) Release() { b.gate.Release() }
 func (b *backend) CreateSlot(s shadow.Slot) error {
 	r := kvm.MemoryRegion{Slot: s.ID, GPA: s.GFN.GPA(), Size: s.NPages << addr.PageShift, HVA: s.HVA}
 	if s.Access&addr.Write == 0 {
-		r.Flags = kvm.MemReadonly
+		r.Flags |= kvm.MemReadonly
+	}
+	if s.LogDirty {
+		r.Flags |= kvm.MemLogDirtyPages
 	}
 	return b.vm.SetMemoryRegion(r)
 }
+
+// ChangeSlot is the same request: KVM sees what is different.
+func (b *backend) ChangeSlot(_, s shadow.Slot) error { return b.CreateSlot(s) }
 
 func (b *backend) DeleteSlot(s shadow.Slot) error {
 	return b.vm.SetMemoryRegion(kvm.MemoryRegion{Slot: s.ID, GPA: s.GFN.GPA()})

@@ -112,3 +112,33 @@ func BenchmarkLoad64(b *testing.B) {
 		}
 	}
 }
+
+// TestUse: a fault on the memory that was given is an error, any other panic is not.
+func TestUse(t *testing.T) {
+	page := mapPages(t, 1, unix.PROT_READ|unix.PROT_WRITE)
+	none := mapPages(t, 1, unix.PROT_NONE)
+	broken := errors.New("broken")
+	if err := Use(page, 8, func(p []byte) error { p[7] = 1; return broken }); err != broken {
+		t.Errorf("the error of the function comes back as %v", err)
+	}
+	if v, err := Load64(page); v != 1<<56 || err != nil {
+		t.Errorf("what the function has stored is loaded as %#x, %v", v, err)
+	}
+	var f *Fault
+	if err := Use(none, 8, func(p []byte) error { p[5] = 1; return nil }); !errors.As(err, &f) || f.HVA != none+5 || !errors.Is(err, unix.EFAULT) {
+		t.Errorf("a fault comes back as %v, want one at %v", err, none+5)
+	}
+	for name, fn := range map[string]func([]byte) error{
+		"a panic":      func([]byte) error { panic("mine") },
+		"another page": func([]byte) error { Bytes(none, 1)[0] = 1; return nil },
+	} {
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("%s is taken for a fault of the memory", name)
+				}
+			}()
+			_ = Use(page, 8, fn)
+		}()
+	}
+}

@@ -81,6 +81,29 @@ func CompareAndSwap64(hva addr.HVA, old, v uint64) (swapped bool, err error) {
 	return atomic.CompareAndSwapUint64((*uint64)(pointer(hva)), old, v), nil
 }
 
+// Use calls fn with the n bytes at hva. A fault in its use of them is an error, and
+// fn has not returned then; any other panic is passed on.
+func Use(hva addr.HVA, n int, fn func([]byte) error) (err error) {
+	old := debug.SetPanicOnFault(true)
+	defer func() {
+		debug.SetPanicOnFault(old)
+		switch p := recover().(type) {
+		case nil:
+		case interface {
+			error
+			Addr() uintptr
+		}:
+			if at := addr.HVA(p.Addr()); at < hva || at-hva >= addr.HVA(n) {
+				panic(p)
+			}
+			err = &Fault{addr.HVA(p.Addr()), p}
+		default:
+			panic(p)
+		}
+	}()
+	return fn(Bytes(hva, n))
+}
+
 // catch is deferred around an access. It makes an error of a fault, and passes
 // on any other panic.
 func catch(old bool, err *error) {

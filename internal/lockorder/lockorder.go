@@ -32,8 +32,16 @@ const (
 	// lock because others wait for its end. Sections nest.
 	Section
 
+	// Mirrors is the list of who is told on behalf of a subscriber. It is held
+	// while they are told, and they take locks of class Consumer then.
+	Mirrors
+
 	// Consumer is the locks of subscribers, which their methods take.
 	Consumer
+
+	// Page is a guest page that somebody uses through the shadow table. It
+	// counts as a lock because whoever takes the page away waits for its end.
+	Page
 
 	// Chain is the lock of an address space's subscriptions, and other locks
 	// that are held for a few instructions.
@@ -53,7 +61,9 @@ var names = [...]string{
 	FileMap:  "a reverse map's lock (file)",
 	AnonMap:  "a reverse map's lock (anonymous)",
 	Section:  "an invalidation",
+	Mirrors:  "a list of mirrors",
 	Consumer: "a subscriber's lock",
+	Page:     "a guest page in use",
 	Chain:    "the chain's lock",
 	Guest:    "the guest",
 }
