@@ -126,13 +126,15 @@ func BenchmarkCopy(b *testing.B) {
 			copy(buf, memory[at:at+page])
 		}
 		at := func(i int) int { return i * 7919 % npages * page }
-		for _, impl := range []string{"view", "copy"} {
+		for impl, do := range map[string]func(at int) error{
+			"view":    func(at int) error { _, err := view.ReadAt(buf, int64(at)); return err },
+			"hostmem": func(at int) error { return hostmem.ReadAt(buf, addressOf(memory)+addr.HVA(at)) },
+			"copy":    func(at int) error { copy(buf, memory[at:]); return nil },
+		} {
 			b.Run(fmt.Sprintf("pages=%d/impl=%s", npages, impl), func(b *testing.B) {
 				b.SetBytes(page)
 				for i := 0; b.Loop(); i++ {
-					if impl == "copy" {
-						copy(buf, memory[at(i):])
-					} else if _, err := view.ReadAt(buf, int64(at(i))); err != nil {
+					if err := do(at(i)); err != nil {
 						b.Fatal(err)
 					}
 				}

@@ -297,6 +297,46 @@ func TestLargeEntries(t *testing.T) {
 	}
 }
 
+// TestSparseGuest: what a guest of 1 TiB costs is what is used of it.
+func TestSparseGuest(t *testing.T) {
+	const (
+		npages = 1 << 28
+		used   = 500
+	)
+	m := NewMemslots(nullBackend{}, 8, nil)
+	tab := NewTable(m, pagewiseHost{})
+	if err := m.Set(Slot{NPages: npages, HVA: 1 << 40, Access: addr.ReadWrite}); err != nil {
+		t.Fatal(err)
+	}
+	rng := newRand(t)
+	gfns := map[addr.GFN]bool{}
+	for len(gfns) < used {
+		gfn := addr.GFN(rng.Uint64N(npages))
+		gfns[gfn] = true
+		if err := tab.fault(t.Context(), gfn, addr.ReadWrite); err != nil {
+			t.Fatal(err)
+		}
+		idx := tab.domain.ReadLock()
+		tab.mark(gfn, 0)
+		tab.domain.ReadUnlock(idx)
+	}
+	// At the most, each page is alone in tables of its own.
+	st, most := tab.Stats(), rootBytes+tableBytes[3]+used*(tableBytes[1]+tableBytes[2])
+	if st.Pages != used || st.Bytes > most {
+		t.Errorf("%d pages take %d bytes of tables, want at most %d", st.Pages, st.Bytes, most)
+	}
+	if n := tab.Dirty().Stats().Bytes; n > used*(4096+64)+1<<20 {
+		t.Errorf("%d dirty pages take %d bytes", used, n)
+	}
+	if err := errors.Join(tab.Check(), m.Slots().Check()); err != nil {
+		t.Error(err)
+	}
+	tab.zapFrames([]addr.GFNRange{allGFNs})
+	if st := tab.Stats(); st.Pages != 0 || st.Bytes > rootBytes+tableBytes[3] {
+		t.Errorf("after all was zapped %d pages take %d bytes", st.Pages, st.Bytes)
+	}
+}
+
 // Checks of faults that are overtaken by brackets.
 
 // pulse is a bracket of page i in which its mapping goes away, and the memory with it.

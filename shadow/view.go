@@ -177,39 +177,47 @@ func (u *user) CompareAndSwap64(gpa addr.GPA, old, v uint64) (swapped bool, err 
 // the guest write meanwhile may be read in part. Where RAM ends there is an
 // error, not an io.EOF.
 func (u *user) ReadAt(p []byte, off int64) (n int, err error) {
-	return u.copy(p, off, addr.Read, hostmem.ReadAt)
+	for n < len(p) {
+		gpa := addr.GPA(off) + addr.GPA(n)
+		hva, span, idx, err := u.hold(gpa, addr.Read)
+		if err != nil {
+			return n, &AccessError{gpa, len(p) - n, addr.Read, err}
+		}
+		part := p[n:][:min(uint64(len(p)-n), span, maxPiece)]
+		err = hostmem.ReadAt(part, hva)
+		if err := u.used(gpa, len(part), addr.Read, idx, err); err != nil {
+			return n, err
+		}
+		n += len(part)
+	}
+	return n, nil
 }
 
 // WriteAt copies p to guest memory at the guest physical address off: io.WriterAt.
 func (u *user) WriteAt(p []byte, off int64) (n int, err error) {
-	return u.copy(p, off, addr.ReadWrite, hostmem.WriteAt)
-}
-
-func (u *user) copy(p []byte, off int64, want addr.Access, access func([]byte, addr.HVA) error) (done int, err error) {
-	for done < len(p) {
-		n, err := u.piece(addr.GPA(off)+addr.GPA(done), len(p)-done, want, func(hva addr.HVA, n int) error {
-			return access(p[done:done+n], hva)
-		})
+	for n < len(p) {
+		gpa := addr.GPA(off) + addr.GPA(n)
+		hva, span, idx, err := u.hold(gpa, addr.ReadWrite)
 		if err != nil {
-			return done, err
+			return n, &AccessError{gpa, len(p) - n, addr.ReadWrite, err}
 		}
-		done += n
+		part := p[n:][:min(uint64(len(p)-n), span, maxPiece)]
+		u.markRest(gpa, uint64(len(part)))
+		err = hostmem.WriteAt(part, hva)
+		if err := u.used(gpa, len(part), addr.ReadWrite, idx, err); err != nil {
+			return n, err
+		}
+		n += len(part)
 	}
-	return done, nil
+	return n, nil
 }
 
-// piece calls use, in a read section, with as many of the n bytes at gpa as are
-// translated together, and returns how many these were.
-func (u *user) piece(gpa addr.GPA, n int, want addr.Access, use func(hva addr.HVA, n int) error) (int, error) {
-	hva, span, idx, err := u.hold(gpa, want)
-	if err != nil {
-		return 0, &AccessError{gpa, n, want, err}
-	}
-	n = int(min(uint64(n), span, maxPiece))
-	if pages := uint64(gpa.Offset()+uint64(n)-1) >> addr.PageShift; want&addr.Write != 0 && pages > 0 {
+// markRest marks the pages of the n bytes at gpa, which are about to be written, but
+// for the first, which hold has marked.
+func (u *user) markRest(gpa addr.GPA, n uint64) {
+	if pages := (gpa.Offset() + n - 1) >> addr.PageShift; pages > 0 {
 		u.t.log.MarkRange(frames(gpa.GFN()+1, pages))
 	}
-	return n, u.used(gpa, n, want, idx, use(hva, n))
 }
 
 // maxPiece bounds the bytes that are copied in one section: who changes a mapping
@@ -246,8 +254,8 @@ func (u *user) usePiece(gpa addr.GPA, n uint64, want addr.Access, fn func(piece 
 	lockorder.Acquire(lockorder.Page)
 	defer lockorder.Release(lockorder.Page)
 	n = min(n, span)
-	if pages := (gpa.Offset() + n - 1) >> addr.PageShift; want&addr.Write != 0 && pages > 0 {
-		u.t.log.MarkRange(frames(gpa.GFN()+1, pages))
+	if want&addr.Write != 0 {
+		u.markRest(gpa, n)
 	}
 	var fault *hostmem.Fault
 	if err := hostmem.Use(hva, int(n), fn); errors.As(err, &fault) {

@@ -86,7 +86,7 @@ func TestOtherPanicsPass(t *testing.T) {
 		}
 	}()
 	func() (err error) {
-		defer catch(false, &err)
+		defer new(guard).catch(&err)
 		panic("other")
 	}()
 }

@@ -35,86 +35,102 @@ func (e *Fault) Unwrap() []error { return []error{unix.EFAULT, e.Err} }
 // ReadAt copies len(p) bytes from hva to p. With an error, p may have been written
 // in part.
 func ReadAt(p []byte, hva addr.HVA) (err error) {
-	defer catch(debug.SetPanicOnFault(true), &err)
+	g := guard{was: debug.SetPanicOnFault(true)}
+	defer g.catch(&err)
 	copy(p, Bytes(hva, len(p)))
+	g.done = true
 	return nil
 }
 
 // WriteAt copies p to hva. With an error, the memory may have been written in
 // part.
 func WriteAt(p []byte, hva addr.HVA) (err error) {
-	defer catch(debug.SetPanicOnFault(true), &err)
+	g := guard{was: debug.SetPanicOnFault(true)}
+	defer g.catch(&err)
 	copy(Bytes(hva, len(p)), p)
+	g.done = true
 	return nil
 }
 
 // Load64 returns the 8 bytes at hva.
 func Load64(hva addr.HVA) (v uint64, err error) {
-	defer catch(debug.SetPanicOnFault(true), &err)
-	return atomic.LoadUint64((*uint64)(pointer(hva))), nil
+	g := guard{was: debug.SetPanicOnFault(true)}
+	defer g.catch(&err)
+	v = atomic.LoadUint64((*uint64)(pointer(hva)))
+	g.done = true
+	return v, nil
 }
 
 // Store64 writes the 8 bytes at hva.
 func Store64(hva addr.HVA, v uint64) (err error) {
-	defer catch(debug.SetPanicOnFault(true), &err)
+	g := guard{was: debug.SetPanicOnFault(true)}
+	defer g.catch(&err)
 	atomic.StoreUint64((*uint64)(pointer(hva)), v)
+	g.done = true
 	return nil
 }
 
 // Load32 returns the 4 bytes at hva.
 func Load32(hva addr.HVA) (v uint32, err error) {
-	defer catch(debug.SetPanicOnFault(true), &err)
-	return atomic.LoadUint32((*uint32)(pointer(hva))), nil
+	g := guard{was: debug.SetPanicOnFault(true)}
+	defer g.catch(&err)
+	v = atomic.LoadUint32((*uint32)(pointer(hva)))
+	g.done = true
+	return v, nil
 }
 
 // Store32 writes the 4 bytes at hva.
 func Store32(hva addr.HVA, v uint32) (err error) {
-	defer catch(debug.SetPanicOnFault(true), &err)
+	g := guard{was: debug.SetPanicOnFault(true)}
+	defer g.catch(&err)
 	atomic.StoreUint32((*uint32)(pointer(hva)), v)
+	g.done = true
 	return nil
 }
 
 // CompareAndSwap64 writes v to the 8 bytes at hva if they are old, and reports
 // whether they were.
 func CompareAndSwap64(hva addr.HVA, old, v uint64) (swapped bool, err error) {
-	defer catch(debug.SetPanicOnFault(true), &err)
-	return atomic.CompareAndSwapUint64((*uint64)(pointer(hva)), old, v), nil
+	g := guard{was: debug.SetPanicOnFault(true)}
+	defer g.catch(&err)
+	swapped = atomic.CompareAndSwapUint64((*uint64)(pointer(hva)), old, v)
+	g.done = true
+	return swapped, nil
 }
 
 // Use calls fn with the n bytes at hva. A fault in its use of them is an error, and
 // fn has not returned then; any other panic is passed on.
 func Use(hva addr.HVA, n int, fn func([]byte) error) (err error) {
-	old := debug.SetPanicOnFault(true)
-	defer func() {
-		debug.SetPanicOnFault(old)
-		switch p := recover().(type) {
-		case nil:
-		case interface {
-			error
-			Addr() uintptr
-		}:
-			if at := addr.HVA(p.Addr()); at < hva || at-hva >= addr.HVA(n) {
-				panic(p)
-			}
-			err = &Fault{addr.HVA(p.Addr()), p}
-		default:
-			panic(p)
-		}
-	}()
-	return fn(Bytes(hva, n))
+	g := guard{was: debug.SetPanicOnFault(true), within: addr.HVAs(hva, uint64(n))}
+	defer g.catch(&err)
+	err = fn(Bytes(hva, n))
+	g.done = true
+	return err
 }
 
-// catch is deferred around an access. It makes an error of a fault, and passes
-// on any other panic.
-func catch(old bool, err *error) {
-	debug.SetPanicOnFault(old)
+// guard makes an error of a fault in an access.
+type guard struct {
+	was    bool          // whether a fault was a panic before
+	done   bool          // the access has been made; this saves asking for a panic each time
+	within addr.HVARange // where a fault is one of the access; empty: anywhere
+}
+
+// catch is deferred around an access. It passes on any panic but a fault.
+func (g *guard) catch(err *error) {
+	debug.SetPanicOnFault(g.was)
+	if g.done {
+		return
+	}
 	switch p := recover().(type) {
-	case nil:
 	case interface {
 		error
 		Addr() uintptr
 	}:
-		*err = &Fault{addr.HVA(p.Addr()), p}
+		at := addr.HVA(p.Addr())
+		if w := g.within; !w.Empty() && (at < w.Start || at >= w.End) {
+			panic(p)
+		}
+		*err = &Fault{at, p}
 	default:
 		panic(p)
 	}
