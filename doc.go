@@ -8,7 +8,10 @@
 //   - To use KVM directly: package kvm.
 //   - To map guest memory and change it with notice: package mm.
 //   - To be told of such changes: package notifier.
-//   - How memory slots follow: package shadow.
+//   - How memory slots follow, and how the VMM itself uses guest memory: package
+//     shadow.
+//   - Which pages were written: package dirty.
+//   - To mirror an address space for a device: package hmm.
 //   - Readers that sleep and the wait for them: package srcu.
 //   - What a machine offers: package doctor, or the command gvm doctor.
 //

@@ -94,6 +94,7 @@ var ErrSlotLimit error = &errnoError{"all memory slots are in use; change mappin
 
 var (
 	errShape   error = &errnoError{"it is not page aligned, wraps, or allows neither reading nor reading and writing", syscall.EINVAL}
+	errTooHigh error = &errnoError{"guest addresses have 52 bits", syscall.EINVAL}
 	errNumber  error = &errnoError{"the number is not below the limit", syscall.EINVAL}
 	errMissing error = &errnoError{"there is no slot of that number to delete", syscall.EINVAL}
 	errRebuild error = &errnoError{"host addresses, size and access of a slot do not change: delete it and create another", syscall.EINVAL}
@@ -120,6 +121,7 @@ func (e *errnoError) Unwrap() error { return e.errno }
 //	the same                              left alone
 //	another HVA, size or Access           EINVAL
 //	misaligned, wraps, number too large   EINVAL
+//	frames above 52 bits of address       EINVAL
 //	frames of another slot                EEXIST
 //
 // It blocks until vCPUs have left the guest, and until whoever uses a page of the
@@ -150,6 +152,8 @@ func (m *Memslots) requestLocked(s Slot) (op string, u update, err error) {
 	case s.HVA&addr.PageMask != 0 || s.HVAs().NPages() != s.NPages || s.GFNs().NPages() != s.NPages,
 		s.Access != addr.Read && s.Access != addr.ReadWrite:
 		return "", u, errShape
+	case s.GFNs().End > maxGFN+1:
+		return "", u, errTooHigh
 	case !exists:
 		op, u.creates = "create", []Slot{s}
 	case s == old:

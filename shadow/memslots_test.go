@@ -94,6 +94,8 @@ func TestRequests(t *testing.T) {
 		"misaligned":          {Slot{ID: 5, GFN: 0x300, NPages: 8, HVA: at + 1, Access: addr.Read}, "set", syscall.EINVAL},
 		"addresses wrap":      {Slot{ID: 5, GFN: 0x300, NPages: 8, HVA: ^addr.HVA(page - 1), Access: addr.Read}, "set", syscall.EINVAL},
 		"frames wrap":         {Slot{ID: 5, GFN: ^addr.GFN(3), NPages: 8, HVA: at, Access: addr.Read}, "set", syscall.EINVAL},
+		"the last frame":      {Slot{ID: 5, GFN: 1<<40 - 8, NPages: 8, HVA: at, Access: addr.Read}, "create", nil},
+		"too high":            {Slot{ID: 5, GFN: 1<<40 - 7, NPages: 8, HVA: at, Access: addr.Read}, "set", syscall.EINVAL},
 		"number":              {Slot{ID: 8, GFN: 0x300, NPages: 8, HVA: at, Access: addr.Read}, "set", syscall.EINVAL},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -68,6 +68,9 @@ func (t *Tracker) AddWindow(w Window) error {
 	if w.NPages == 0 || w.HVA&addr.PageMask != 0 || w.GFNs().Empty() || w.HVAs().NPages() != w.NPages {
 		return fail(errors.New("it is empty, not page aligned, or wraps"))
 	}
+	if w.GFNs().End > maxGFN+1 {
+		return fail(errTooHigh)
+	}
 	t.slots.lock()
 	defer t.slots.unlock()
 	if t.released {

@@ -474,6 +474,7 @@ func TestWindowErrors(t *testing.T) {
 		"empty":      {Window{Name: "x"}, "empty"},
 		"misaligned": {Window{Name: "x", NPages: 1, HVA: 1}, "aligned"},
 		"wraps":      {Window{Name: "x", NPages: 2, HVA: ^addr.HVA(0) &^ addr.PageMask}, "wraps"},
+		"too high":   {Window{Name: "x", GFN: 1<<40 - 1, NPages: 2, HVA: 0x80000}, "52 bits"},
 		"overlaps":   {Window{Name: "x", GFN: 0x107, NPages: 1, HVA: 0x80000}, `overlaps window "ram"`},
 	} {
 		t.Run(name, func(t *testing.T) {
