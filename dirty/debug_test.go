@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/secondmmu/gvm/internal/gvmtest"
 	"github.com/secondmmu/gvm/srcu"
 )
 
@@ -15,7 +16,7 @@ func TestBeginInsideSection(t *testing.T) {
 	l := NewLog(srcu.New())
 	l.inSection(func() {
 		l.Mark(4)
-		got, _ := panics(func() { _, _ = l.Begin() }).(string)
+		got := gvmtest.Panics(func() { _, _ = l.Begin() })
 		if want := "srcu: SynchronizeExpedited waits for the section that its own goroutine opened at "; !strings.HasPrefix(got, want) {
 			t.Errorf("Begin inside a section panics with %q, want %q", got, want)
 		}

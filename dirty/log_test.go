@@ -337,7 +337,7 @@ func FuzzLog(f *testing.F) {
 
 // TestLogPrograms runs random programs.
 func TestLogPrograms(t *testing.T) {
-	r, _ := seeded(t)
+	r := gvmtest.Rand(t)
 	programs := 80
 	if gvmtest.Race {
 		programs = 20

@@ -4,72 +4,38 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"sync/atomic"
 	"testing"
-	"text/tabwriter"
 	"time"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/internal/gvmtest"
 )
-
-// mutantCase is a defect and the check that has to notice it.
-type mutantCase struct {
-	id     string
-	mutant mutant               // sound if the defect is one of whoever uses the package
-	what   string               // the defect
-	by     string               // the test that notices it
-	check  func(m mutant) error // an error if it was noticed; with sound it returns nil. A defect of a user it injects itself
-}
 
 // No check needs luck, or two processors: what happens in between is done by a
 // hook, or waited for.
-var mutants = []mutantCase{
-	{id: "DM1", mutant: noGracePeriod, what: "a harvest does not wait", by: "V10 store meets harvest", check: storeMeetsHarvest((*bed).storeSlowly)},
-	{id: "DM2", mutant: takeByCopy, what: "copied first, then cleared (VM12)", by: "V10 marks during Begin", check: checkMarksDuringBegin},
-	{id: "DM3", what: "a mark after the store", by: "V10 store meets harvest", check: storeMeetsHarvest((*bed).storeBeforeMark)},
-	{id: "DM4", what: "a section that ends before the store", by: "V10 store meets harvest", check: storeMeetsHarvest((*bed).storeOutside)},
-	{id: "DM5", what: "a mark that is not atomic", by: "V10 marks in one word", check: marksInOneWord((*bed).markPlainly)},
-	{id: "DM6", mutant: touchByStore, what: "a chunk installed over another", by: "V10 marks during a first mark", check: checkFirstMarks},
-	{id: "DM7", mutant: growFromStale, what: "directories grow from a stale list", by: "V10 marks during a first mark", check: checkFirstMarks},
-	{id: "DM8", mutant: abortOverwrites, what: "an abort replaces the other frames", by: "V10 abort loses nothing", check: checkAbort},
-	{id: "DM8", mutant: abortOverwritesTree, what: "an abort replaces bitmaps", by: "V10 abort loses nothing", check: checkAbort},
-	{id: "DM9", mutant: abortForgetsDiscards, what: "an abort forgets the discards", by: "V10 abort loses nothing", check: checkAbort},
-	{id: "DM10", mutant: commitClears, what: "a commit clears later marks", by: "V10 commit loses nothing", check: checkCommit},
-	{id: "DM11", mutant: discardUnmarks, what: "a discard takes back dirty marks", by: "V10 store after discard", check: checkStoreAfterDiscard},
-	{id: "DM12", mutant: discardsFirst, what: "discards taken before the marks", by: "V10 discards during Begin", check: checkDiscardsDuringBegin},
-	{id: "DM13", mutant: discardsLate, what: "a discard in the wait is not dirty", by: "V10 discard between mark and store", check: checkDiscardBeforeStore},
-	{id: "DM14", what: "a discard recorded afterwards", by: "V10 discard meets harvests", check: discardMeetsHarvests((*bed).discardAfterwards)},
-	{id: "DM15", what: "a discard outside of a section", by: "V10 discard meets harvests", check: discardMeetsHarvests((*bed).discardOutside)},
+var mutants = []gvmtest.Mutant[mutant]{
+	{ID: "DM1", Defect: noGracePeriod, What: "a harvest does not wait", By: "V10 store meets harvest", Check: storeMeetsHarvest((*bed).storeSlowly)},
+	{ID: "DM2", Defect: takeByCopy, What: "copied first, then cleared (VM12)", By: "V10 marks during Begin", Check: checkMarksDuringBegin},
+	{ID: "DM3", What: "a mark after the store", By: "V10 store meets harvest", Check: storeMeetsHarvest((*bed).storeBeforeMark)},
+	{ID: "DM4", What: "a section that ends before the store", By: "V10 store meets harvest", Check: storeMeetsHarvest((*bed).storeOutside)},
+	{ID: "DM5", What: "a mark that is not atomic", By: "V10 marks in one word", Check: marksInOneWord((*bed).markPlainly)},
+	{ID: "DM6", Defect: touchByStore, What: "a chunk installed over another", By: "V10 marks during a first mark", Check: checkFirstMarks},
+	{ID: "DM7", Defect: growFromStale, What: "directories grow from a stale list", By: "V10 marks during a first mark", Check: checkFirstMarks},
+	{ID: "DM8", Defect: abortOverwrites, What: "an abort replaces the other frames", By: "V10 abort loses nothing", Check: checkAbort},
+	{ID: "DM8", Defect: abortOverwritesTree, What: "an abort replaces bitmaps", By: "V10 abort loses nothing", Check: checkAbort},
+	{ID: "DM9", Defect: abortForgetsDiscards, What: "an abort forgets the discards", By: "V10 abort loses nothing", Check: checkAbort},
+	{ID: "DM10", Defect: commitClears, What: "a commit clears later marks", By: "V10 commit loses nothing", Check: checkCommit},
+	{ID: "DM11", Defect: discardUnmarks, What: "a discard takes back dirty marks", By: "V10 store after discard", Check: checkStoreAfterDiscard},
+	{ID: "DM12", Defect: discardsFirst, What: "discards taken before the marks", By: "V10 discards during Begin", Check: checkDiscardsDuringBegin},
+	{ID: "DM13", Defect: discardsLate, What: "a discard in the wait is not dirty", By: "V10 discard between mark and store", Check: checkDiscardBeforeStore},
+	{ID: "DM14", What: "a discard recorded afterwards", By: "V10 discard meets harvests", Check: discardMeetsHarvests((*bed).discardAfterwards)},
+	{ID: "DM15", What: "a discard outside of a section", By: "V10 discard meets harvests", Check: discardMeetsHarvests((*bed).discardOutside)},
 }
 
 // TestMutants has each check find the defect that it is there for, and find
 // nothing without it.
-func TestMutants(t *testing.T) {
-	var out strings.Builder
-	w := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
-	fmt.Fprint(w, "mutant\tdefect\tcaught by\tafter\n")
-	for _, c := range mutants {
-		row := func(by string, after any) { fmt.Fprintf(w, "%s\t%s\t%s\t%v\n", c.id, c.what, by, after) }
-		if c.mutant != sound {
-			if err := c.check(sound); err != nil {
-				t.Errorf("%s: without the defect: %v", c.id, err)
-			}
-		}
-		begin := time.Now()
-		err := c.check(c.mutant)
-		after := time.Since(begin).Round(time.Microsecond)
-		if err == nil {
-			row("nobody", after)
-			t.Errorf("%s survives: %s", c.id, c.what)
-			continue
-		}
-		row(c.by, after)
-		t.Logf("%s: %v", c.id, err)
-	}
-	w.Flush()
-	t.Logf("\n%s", &out)
-}
+func TestMutants(t *testing.T) { gvmtest.RunMutants(t, mutants) }
 
 // TestChecksPassUsers has the checks that inject defects of users find nothing
 // with users who have none.
@@ -87,13 +53,7 @@ func TestChecksPassUsers(t *testing.T) {
 
 // TestMutantsAreAllThere: every defect that a log can have is in the table, so
 // that none is without a check.
-func TestMutantsAreAllThere(t *testing.T) {
-	for m := sound + 1; m <= discardsLate; m++ {
-		if !slices.ContainsFunc(mutants, func(c mutantCase) bool { return c.mutant == m }) {
-			t.Errorf("no check looks for defect %d", m)
-		}
-	}
-}
+func TestMutantsAreAllThere(t *testing.T) { gvmtest.EveryMutant(t, discardsLate, mutants) }
 
 // pending is a harvest that is being made by another goroutine.
 type pending struct{ done chan error }

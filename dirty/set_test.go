@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/internal/gvmtest"
 	"github.com/secondmmu/gvm/srcu"
 )
 
@@ -156,8 +157,8 @@ func TestFramesAboveLimit(t *testing.T) {
 		"Discard":   {func() { l.Discard(gfns(0, Limit+1)) }, "dirty: Discard of gfn [0x0, 0x10000000001), which is not below gfn 0x10000000000"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if got := panics(tt.do); got != tt.want {
-				t.Errorf("it panics with %v, want %q", got, tt.want)
+			if got := gvmtest.Panics(tt.do); got != tt.want {
+				t.Errorf("it panics with %q, want %q", got, tt.want)
 			}
 		})
 	}
@@ -271,7 +272,7 @@ func TestSetAllocations(t *testing.T) {
 
 // TestSetRandom plays the same operations on a set and on a map.
 func TestSetRandom(t *testing.T) {
-	r, _ := seeded(t)
+	r := gvmtest.Rand(t)
 	const base, size = 2*chunk - 300, 600
 	s, model := new(Set), map[addr.GFN]bool{}
 	for step := range 4000 {
@@ -507,7 +508,7 @@ func FuzzSet(f *testing.F) {
 
 // TestSetPrograms runs random programs.
 func TestSetPrograms(t *testing.T) {
-	r, _ := seeded(t)
+	r := gvmtest.Rand(t)
 	for range 150 {
 		runSetProgram(t, randomProgram(r, "aaarrr+-bbuisxc"))
 	}

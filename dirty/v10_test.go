@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/internal/gvmtest"
 	"github.com/secondmmu/gvm/srcu"
 )
 
@@ -98,7 +99,7 @@ func (b *bed) settle() error {
 func TestV10Stamps(t *testing.T) {
 	for _, discards := range []bool{false, true} {
 		t.Run(fmt.Sprintf("discards=%v", discards), func(t *testing.T) {
-			_, seed := seeded(t)
+			seed := gvmtest.Seed(t)
 			testStamps(t, seed, discards)
 		})
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/internal/gvmtest"
 	"github.com/secondmmu/gvm/notifier"
 )
 
@@ -292,7 +293,7 @@ func checkUnregisterKeepsItsHMM(m mutant) error {
 		<-on.reached
 		d.Unregister()
 		freed := w.background(notifier.Synchronize)
-		closedWithin(freed, grace(m))
+		gvmtest.ClosedWithin(freed, gvmtest.GraceFor(m))
 		close(on.leave)
 		<-slow
 		<-freed
@@ -368,7 +369,7 @@ func TestM7ExitRaces(t *testing.T) {
 			unregistered := w.background(d.Unregister)
 			<-on.reached
 			exited := w.background(w.exit)
-			closedWithin(exited, grace(sound)) // it waits for the section of Unregister
+			gvmtest.ClosedWithin(exited, gvmtest.Grace) // it waits for the section of Unregister
 			close(on.leave)
 			<-unregistered
 			<-exited
@@ -533,7 +534,7 @@ func TestM9PulseDuringInstallation(t *testing.T) {
 	var pulsed <-chan struct{}
 	w.must(q.Populate(context.Background(), d, func(entries []Entry) error {
 		pulsed = w.background(func() { w.pulse(at(0, 2)) })
-		if closedWithin(pulsed, grace(sound)) {
+		if gvmtest.ClosedWithin(pulsed, gvmtest.Grace) {
 			w.errorf("a change is made while the driver holds its lock")
 		}
 		return d.install(q.Range, entries)
@@ -636,10 +637,10 @@ func checkLastEnd(m mutant) error {
 			}
 		})
 		if m == sound {
-			if !closedWithin(waited, limit(m)) || !valid {
+			if !gvmtest.ClosedWithin(waited, gvmtest.LimitFor(m)) || !valid {
 				w.errorf("after the last end the range is not valid, or who waited for it has not been woken")
 			}
-		} else if !closedWithin(waited, limit(m)) {
+		} else if !gvmtest.ClosedWithin(waited, gvmtest.LimitFor(m)) {
 			close(on.leave)
 			<-waited
 		}
@@ -668,7 +669,7 @@ func checkExitWakes(m mutant) error {
 		<-on.reached
 		close(on.leave)
 		w.exit()
-		if !closedWithin(waited, limit(m)) {
+		if !gvmtest.ClosedWithin(waited, gvmtest.LimitFor(m)) {
 			w.errorf("the exit does not wake who waits")
 			cancel()
 			<-waited
@@ -768,7 +769,7 @@ func checkReleaseMayWait(m mutant) error {
 		var bracket <-chan struct{}
 		d.onRelease = func() {
 			bracket = w.background(func() { w.bracket(at(0, 1), nil) })
-			if !closedWithin(bracket, limit(m)) {
+			if !gvmtest.ClosedWithin(bracket, gvmtest.LimitFor(m)) {
 				w.errorf("Release waits for a change that waits for Release")
 				return
 			}

@@ -3,7 +3,6 @@ package hmm_test
 import (
 	"context"
 	"errors"
-	"flag"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -197,14 +196,8 @@ func TestRealMemoryIsCoherent(t *testing.T) {
 	}
 }
 
-var seedFlag = flag.Lookup("seed")
-
 func coherent(t *testing.T, backing mm.Backing) {
-	seed := uint64(seedFlag.Value.(flag.Getter).Get().(int64))
-	if seed == 0 {
-		seed = rand.Uint64N(1 << 62)
-	}
-	t.Logf("the seed is -seed %d", seed)
+	seed := gvmtest.Seed(t)
 	m := newMemory(t, backing)
 	as, ctx := m.AddressSpace(), context.Background()
 	byMirror, byInterval := &shows{entries: map[addr.HVA]hmm.Entry{}}, &shows{entries: map[addr.HVA]hmm.Entry{}}
@@ -212,14 +205,7 @@ func coherent(t *testing.T, backing mm.Backing) {
 		t.Fatal(err)
 	}
 	over, failed := make(chan struct{}), atomic.Bool{}
-	running := func() bool {
-		select {
-		case <-over:
-			return false
-		default:
-			return !failed.Load()
-		}
-	}
+	running := func() bool { return !gvmtest.Closed(over) && !failed.Load() }
 	errorf := func(format string, args ...any) {
 		if !failed.Swap(true) {
 			t.Errorf(format, args...)

@@ -3,12 +3,12 @@ package hmm
 import (
 	"context"
 	"errors"
-	"fmt"
 	"strings"
 	"syscall"
 	"testing"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/internal/gvmtest"
 	"github.com/secondmmu/gvm/notifier"
 )
 
@@ -77,33 +77,26 @@ func TestRangeErrors(t *testing.T) {
 	}
 }
 
-// panics calls f and returns what it panics with.
-func panics(f func()) (text string) {
-	defer func() { text = fmt.Sprint(recover()) }()
-	f()
-	return ""
-}
-
 // TestMisusePanics: what only a mistake does to references is seen at once.
 func TestMisusePanics(t *testing.T) {
 	w := newWorld(sound, plain(0, 8))
 	d := w.newMirror()
 	h := w.reg.lookup(w.AddressSpace, byHolder)
 	h.Put()
-	if got := panics(h.Put); !strings.Contains(got, "no reference of Lookup or Get") {
+	if got := gvmtest.Panics(h.Put); !strings.Contains(got, "no reference of Lookup or Get") {
 		t.Errorf("a Put too many: %s", got)
 	}
 	d.Unregister()
 	for name, use := range map[string]func(){"Get": h.Get, "Put": h.Put, "Stats": func() { h.Stats() }, "Check": func() { _ = h.Check() }} {
-		if got := panics(use); !strings.Contains(got, name+" of an HMM") {
+		if got := gvmtest.Panics(use); !strings.Contains(got, name+" of an HMM") {
 			t.Errorf("%s after the last Put: %s", name, got)
 		}
 	}
 	notifier.Synchronize()
-	if got := panics(h.Get); got != "hmm: Get of an HMM that has been freed" {
+	if got := gvmtest.Panics(h.Get); got != "hmm: Get of an HMM that has been freed" {
 		t.Errorf("Get of what is freed: %s", got)
 	}
-	if got := panics(h.release); got != "hmm: an HMM is freed twice" {
+	if got := gvmtest.Panics(h.release); got != "hmm: an HMM is freed twice" {
 		t.Errorf("a second release: %s", got)
 	}
 	if err := w.finish(); err != nil {
@@ -241,7 +234,7 @@ func TestPageTablesAreHeldToTheirRules(t *testing.T) {
 			tables.model = w.tables
 			q.Tables, q.Seq = &tables, d.ReadBegin()
 			var err error
-			got := panics(func() { w.reading(func() { err = RangeFault(q) }) })
+			got := gvmtest.Panics(func() { w.reading(func() { err = RangeFault(q) }) })
 			if tt.panics != "" && !strings.Contains(got, tt.panics) {
 				t.Errorf("the panic is %q, want %q", got, tt.panics)
 			}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/internal/gvmtest"
 	"github.com/secondmmu/gvm/notifier"
 )
 
@@ -116,11 +117,7 @@ func (u *mutator) pages(r addr.HVARange) {
 // page tables have, at every moment that its driver holds the lock. It ends with an exit
 // that meets all of it: M7.
 func TestM8StormIsCoherent(t *testing.T) {
-	seed := uint64(*seedFlag)
-	if seed == 0 {
-		seed = rand.Uint64N(1 << 62)
-	}
-	t.Logf("the seed is -seed %d", seed)
+	seed := gvmtest.Seed(t)
 	rounds := 4
 	for round := range rounds {
 		stormRound(t, seed+uint64(round), stormLasts(240*time.Millisecond)/time.Duration(rounds))
@@ -135,14 +132,7 @@ func stormRound(t *testing.T, seed uint64, lasts time.Duration) {
 	stream := uint64(0)
 	source := func() *rand.Rand { stream++; return rand.New(rand.NewPCG(seed, stream)) }
 	over := make(chan struct{})
-	running := func() bool {
-		select {
-		case <-over:
-			return false
-		default:
-			return !w.broken()
-		}
-	}
+	running := func() bool { return !gvmtest.Closed(over) && !w.broken() }
 	var all sync.WaitGroup
 	for range 3 {
 		u := &mutator{w, source()}
@@ -214,7 +204,7 @@ func stormRound(t *testing.T, seed uint64, lasts time.Duration) {
 	}
 	time.Sleep(lasts / 2) // a storm lasts some time
 	exited := w.background(w.exit)
-	if !closedWithin(exited, limit(sound)) {
+	if !gvmtest.ClosedWithin(exited, gvmtest.Limit) {
 		t.Fatal("the exit does not end")
 	}
 	time.Sleep(lasts / 2)
@@ -238,13 +228,8 @@ func TestM3StormOfRegistrations(t *testing.T) {
 	over := make(chan struct{})
 	work := func(round func()) {
 		all.Go(func() {
-			for {
-				select {
-				case <-over:
-					return
-				default:
-					round()
-				}
+			for !gvmtest.Closed(over) {
+				round()
 			}
 		})
 	}

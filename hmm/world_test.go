@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/internal/gvmtest"
 	"github.com/secondmmu/gvm/internal/lockorder"
 	"github.com/secondmmu/gvm/notifier"
 )
@@ -22,10 +23,7 @@ import (
 // returns an error if the package breaks the invariant. The checks run as tests on the
 // package as it is, and in TestMutants with a defect.
 
-var (
-	seedFlag = flag.Int64("seed", 0, "the seed of random tests; 0: another one each time")
-	storm    = flag.Duration("storm", 0, "how long each storm lasts; 0: not long")
-)
+var storm = flag.Duration("storm", 0, "how long each storm lasts; 0: not long")
 
 // stormLasts returns how long a storm lasts.
 func stormLasts(d time.Duration) time.Duration {
@@ -36,33 +34,6 @@ func stormLasts(d time.Duration) time.Duration {
 		return d / 4
 	}
 	return d
-}
-
-// limit is how long what has to happen soon may take: a check that meets it has met
-// something that never ends. One that has a defect to find expects that.
-func limit(m mutant) time.Duration {
-	if m == sound {
-		return 20 * time.Second
-	}
-	return 100 * time.Millisecond
-}
-
-// grace is how long what must not happen is given to happen all the same. A check that
-// has a defect to find gives more, which on a busy machine it needs.
-func grace(m mutant) time.Duration {
-	if m == sound {
-		return time.Millisecond
-	}
-	return 50 * time.Millisecond
-}
-
-func closedWithin(c <-chan struct{}, d time.Duration) bool {
-	select {
-	case <-c:
-		return true
-	case <-time.After(d):
-		return false
-	}
 }
 
 // consumer has the driver's lock checked against the order.
@@ -149,20 +120,16 @@ func (w *world) freed() (n int) {
 	return n
 }
 
-// background starts f and returns a channel that is closed when it has returned. A panic
-// is something that is wrong.
+// background is gvmtest.Background. A panic is something that is wrong.
 func (w *world) background(f func()) <-chan struct{} {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
+	return gvmtest.Background(func() {
 		defer func() {
 			if p := recover(); p != nil {
 				w.errorf("panic: %v\n%s", p, debug.Stack())
 			}
 		}()
 		f()
-	}()
-	return done
+	})
 }
 
 // guard is background, and waits. A goroutine that panics takes with it what the check of

@@ -1,8 +1,10 @@
 package notifier
 
+import "github.com/secondmmu/gvm/internal/gvmtest"
+
 // intervalMutants are the defects of intervals, and of mirrors, that the checks
 // of this package are known to see. No check needs luck, or two processors.
-var intervalMutants = []mutantCase{
+var intervalMutants = []gvmtest.Mutant[mutant]{
 	ofIntervals("NM22", undoForgetsIntervals, "the chain refuses, and intervals are left invalidating", "TestR30ChainRefuses", checkChainRefuses),
 	ofIntervals("NM23", activeIsBoolean, "the first end closes all brackets", "TestN18NoWakeUpIsLost", checkAllWoken),
 	ofIntervals("NM24", seqAtEveryStart, "every start that hits adds to the sequence", "TestN18NoWakeUpIsLost", checkAllWoken),
@@ -17,14 +19,14 @@ var intervalMutants = []mutantCase{
 	ofIntervals("NM31", endInclusive, "a neighbour of the range is hit", "TestBracketsHitWhatTheyOverlap", checkNeighbours),
 }
 
-func ofIntervals(id string, defect mutant, what, by string, check intervalCheck) mutantCase {
-	return mutantCase{id: id, mutant: defect, what: what, by: by, check: func(m mutant) error {
+func ofIntervals(id string, defect mutant, what, by string, check intervalCheck) gvmtest.Mutant[mutant] {
+	return gvmtest.Mutant[mutant]{ID: id, Defect: defect, What: what, By: by, Check: func(m mutant) error {
 		return check(func() *intervalBed { return newIntervalBed(m, firstSeq) })
 	}}
 }
 
-func ofMirrors(id string, defect mirrorDefect, what string) mutantCase {
-	return mutantCase{id: id, what: what, by: "TestN17MirrorIsNeverStale", check: func(mutant) error {
+func ofMirrors(id string, defect mirrorDefect, what string) gvmtest.Mutant[mutant] {
+	return gvmtest.Mutant[mutant]{ID: id, What: what, By: "TestN17MirrorIsNeverStale", Check: func(mutant) error {
 		return checkMirror(func() *intervalBed {
 			b := newIntervalBed(sound, firstSeq)
 			b.defect = defect

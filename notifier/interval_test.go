@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/internal/gvmtest"
 	"github.com/secondmmu/gvm/internal/lockorder"
 )
 
@@ -50,7 +51,7 @@ type intervalBed struct {
 var firstSeqs = []uint64{firstSeq, ^uint64(0) - 1, ^uint64(0) - 3, ^uint64(0) - 7}
 
 func newIntervalBed(m mutant, seq uint64) *intervalBed {
-	b := &intervalBed{waiting: make(chan struct{}, 64), soon: 20 * time.Second}
+	b := &intervalBed{waiting: make(chan struct{}, 64), soon: gvmtest.Limit}
 	if m != sound {
 		b.soon = 200 * time.Millisecond
 	}
@@ -95,7 +96,7 @@ func (b *intervalBed) attempt(f func()) (done <-chan struct{}, waits bool) {
 	for len(b.waiting) > 0 {
 		<-b.waiting // of those who were not counted
 	}
-	done = spawn(f)
+	done = gvmtest.Background(f)
 	select {
 	case <-done:
 		return done, false
@@ -157,15 +158,6 @@ func (b *intervalBed) atRest(intervals ...interface{ Remove() }) error {
 		return fmt.Errorf("reported: %w", errors.Join(errs...))
 	}
 	return nil
-}
-
-func spawn(f func()) <-chan struct{} {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		f()
-	}()
-	return done
 }
 
 // pageRange returns n pages of a bed.
@@ -452,7 +444,7 @@ func (p *play) reads() error {
 		p.taken[0]++
 		switch p.taken[0] {
 		case 1:
-			<-spawn(func() { p.b.insert(p.m, p.m.r) })
+			<-gvmtest.Background(func() { p.b.insert(p.m, p.m.r) })
 			p.concerned = p.open() > 0
 		case 2:
 			done, waits := p.b.attempt(func() { p.look.seq = p.m.ReadBegin() })
@@ -741,7 +733,7 @@ func checkWakeUps(newBed func() *intervalBed) error {
 		inv := b.open(m.r)
 		var readers [2]<-chan struct{}
 		for i := range readers {
-			readers[i] = spawn(func() { m.ReadBegin() })
+			readers[i] = gvmtest.Background(func() { m.ReadBegin() })
 		}
 		runtime.Gosched()
 		b.InvalidateRangeEnd(inv)
@@ -772,7 +764,7 @@ func checkTreeStandsStill(newBed func() *intervalBed) error {
 		return true
 	}
 	m.told = func(*Invalidation) bool {
-		<-spawn(func() { b.insert(late, late.r) })
+		<-gvmtest.Background(func() { b.insert(late, late.r) })
 		if n := b.s.tree.Len(); n != 1 {
 			errs = append(errs, fmt.Errorf("%d intervals are in the tree that is being walked, want 1", n))
 		}
@@ -889,7 +881,7 @@ func (p *intervalProgram) say(format string, args ...any) {
 func (p *intervalProgram) insert(m *modelInterval) error {
 	p.say("insert %d %v", m.name, m.r)
 	var err error
-	<-spawn(func() { err = p.b.Insert(context.Background(), m, m.r.Start, m.r.Bytes()) })
+	<-gvmtest.Background(func() { err = p.b.Insert(context.Background(), m, m.r.Start, m.r.Bytes()) })
 	if m.state != out {
 		if !errors.Is(err, syscall.EBUSY) {
 			return fmt.Errorf("insert: got %v, want %v", err, syscall.EBUSY)
@@ -1038,7 +1030,7 @@ func checkRemoveWaits(newBed func() *intervalBed) error {
 		<-goOn
 		return true
 	}
-	bracket := spawn(func() { b.change(m.r) })
+	bracket := gvmtest.Background(func() { b.change(m.r) })
 	<-told
 	removed, waits := b.attempt(m.Remove)
 	close(goOn)
@@ -1130,7 +1122,7 @@ func checkDisjoint(newBed func() *intervalBed) error {
 		return true
 	}
 	before := idle.lookUp(idle.ReadBegin(), 1)
-	bracket := spawn(func() {
+	bracket := gvmtest.Background(func() {
 		b.RLock()
 		defer b.RUnlock()
 		b.InvalidateRangeEnd(b.open(busy.r))
@@ -1352,7 +1344,7 @@ func checkOddBegin(newBed func() *intervalBed) error {
 			if !bracket.Empty() {
 				inv = b.open(bracket)
 			}
-			<-spawn(func() { b.insert(m, m.r) })
+			<-gvmtest.Background(func() { b.insert(m, m.r) })
 			seq := m.seq.Load()
 			began, waits := b.attempt(func() { m.ReadBegin() })
 			if inv != nil {
@@ -1488,7 +1480,7 @@ func TestR37FirstInsertionIsInterrupted(t *testing.T) {
 				m := &mirror{}
 				var err error
 				tt.hold(as)
-				done := spawn(func() { err = as.Insert(countedContext{ctx, asked}, m, page.Start, 1) })
+				done := gvmtest.Background(func() { err = as.Insert(countedContext{ctx, asked}, m, page.Start, 1) })
 				for range tt.locks {
 					<-asked
 				}
@@ -1559,7 +1551,7 @@ func TestR37FirstInsertionWaitsForBrackets(t *testing.T) {
 	}
 	open.Store(true)
 	m := &mirror{}
-	inserted := spawn(func() {
+	inserted := gvmtest.Background(func() {
 		if err := as.Insert(countedContext{context.Background(), asked}, m, page.Start, 1); err != nil {
 			t.Error(err)
 		}
@@ -1621,7 +1613,7 @@ func TestR38RemoveBeforeTheTree(t *testing.T) {
 	hit, late := b.mirror(pageRange(0, 1)), b.newMirror(pageRange(1, 1))
 	b.Lock()
 	inv := b.open(hit.r)
-	<-spawn(func() { b.insert(late, late.r) })
+	<-gvmtest.Background(func() { b.insert(late, late.r) })
 	if _, waits := b.attempt(late.Remove); waits {
 		t.Error("Remove of an interval that is not in the tree yet waits")
 	}
@@ -1723,7 +1715,7 @@ func TestN22RemoveMeetsExit(t *testing.T) {
 		<-goOn
 		return true
 	}
-	exited := spawn(func() {
+	exited := gvmtest.Background(func() {
 		if err := b.PutUser(); err != nil {
 			t.Error(err)
 		}
@@ -1806,7 +1798,7 @@ func TestStatsOfIntervals(t *testing.T) {
 	want(1, 1)
 	near := b.open(m.r)
 	want(1, 2)
-	<-spawn(func() { b.insert(late, late.r) })
+	<-gvmtest.Background(func() { b.insert(late, late.r) })
 	want(2, 2) // although it is not in the tree
 	removed, _ := b.attempt(m.Remove)
 	want(2, 2) // Remove has not returned

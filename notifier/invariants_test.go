@@ -18,6 +18,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/internal/gvmtest"
 	"github.com/secondmmu/gvm/internal/lockorder"
 	"github.com/secondmmu/gvm/srcu"
 )
@@ -40,66 +41,6 @@ func stormLasts(d time.Duration) time.Duration {
 		return d / 4
 	}
 	return d
-}
-
-// raceDetector says that the tests are built with it.
-var raceDetector = func() bool {
-	info, _ := debug.ReadBuildInfo()
-	return info != nil && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
-}()
-
-const (
-	// limit is how long what has to happen soon may take: a test that meets it has
-	// met something that never ends.
-	limit = 20 * time.Second
-	// grace is how long what must not happen is given to happen all the same.
-	grace = time.Millisecond
-)
-
-// graceFor is grace for a check: one that has a defect to find has more, which on
-// a busy machine it needs.
-func graceFor(m mutant) time.Duration {
-	if m == sound {
-		return grace
-	}
-	return 100 * time.Millisecond
-}
-
-// limitFor is limit for a check, to whose end one that has a defect to find
-// expects to come.
-func limitFor(m mutant) time.Duration {
-	if m == sound {
-		return limit
-	}
-	return 50 * time.Millisecond
-}
-
-func isClosed(c <-chan struct{}) bool {
-	select {
-	case <-c:
-		return true
-	default:
-		return false
-	}
-}
-
-func closedWithin(c <-chan struct{}, d time.Duration) bool {
-	select {
-	case <-c:
-		return true
-	case <-time.After(d):
-		return false
-	}
-}
-
-// eventually waits for a condition that is about to come true.
-func eventually(cond func() bool) bool {
-	for deadline := time.Now().Add(limit); !cond(); runtime.Gosched() {
-		if time.Now().After(deadline) {
-			return false
-		}
-	}
-	return true
 }
 
 // graceRequested returns a condition that comes true when somebody has asked for
@@ -145,7 +86,7 @@ func newWorld(m mutant) *world {
 	w := &world{mutant: m, file: NewReverseMap(FileMap), torn: make(chan struct{})}
 	w.AddressSpace = New(Options{
 		Teardown: func() error {
-			if isClosed(w.torn) {
+			if gvmtest.Closed(w.torn) {
 				w.errorf("the mappings are given up twice")
 				return nil
 			}
@@ -202,20 +143,16 @@ func (w *world) err() error {
 	return errors.Join(w.wrong...)
 }
 
-// background starts f and returns a channel that is closed when it has returned.
-// A panic is something that is wrong.
+// background is gvmtest.Background. A panic is something that is wrong.
 func (w *world) background(f func()) <-chan struct{} {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
+	return gvmtest.Background(func() {
 		defer func() {
 			if p := recover(); p != nil {
 				w.errorf("panic: %v\n%s", p, debug.Stack())
 			}
 		}()
 		f()
-	}()
-	return done
+	})
 }
 
 func (w *world) register(s Subscriber) {
@@ -234,7 +171,7 @@ func (w *world) exit() {
 // close is exit for the end of a check: nothing is to be left.
 func (w *world) close() {
 	w.exit()
-	if !isClosed(w.torn) {
+	if !gvmtest.Closed(w.torn) {
 		w.errorf("the last user has gone, and the mappings have not been given up")
 	}
 	w.gone()
@@ -456,7 +393,7 @@ func checkRegistrationAwaitsBrackets(m mutant) error {
 	})
 	<-opened
 	registered := w.background(func() { w.register(s) })
-	closedWithin(registered, graceFor(m))
+	gvmtest.ClosedWithin(registered, gvmtest.GraceFor(m))
 	close(leave)
 	<-bracket
 	<-registered
@@ -494,7 +431,7 @@ func checkOneAllocation(m mutant) error {
 
 // TestN2DoesNotAllocateInsideAllLocks counts what the runtime allocates meanwhile.
 func TestN2DoesNotAllocateInsideAllLocks(t *testing.T) {
-	if raceDetector || lockorder.Enabled {
+	if gvmtest.Race || lockorder.Enabled {
 		t.Skip("the race detector and a debug build allocate for themselves")
 	}
 	w := newWorld(sound)
@@ -807,7 +744,7 @@ func TestN3InterruptedWhileWaiting(t *testing.T) {
 				var allocated, freed int
 				var err error
 				done := p.background(func() { _, err = a.do(p, ctx, new(base), &allocated, &freed) })
-				if closedWithin(done, grace) {
+				if gvmtest.ClosedWithin(done, gvmtest.Grace) {
 					t.Errorf("it does not wait for %s", name)
 				}
 				cancel(cause)
@@ -913,7 +850,7 @@ func checkLocksOneByOne(m mutant) error {
 	const locks = 2 + 4 // the mapping lock, all-locks, and the maps
 	for nth := 1; nth <= locks+1; nth++ {
 		ctx := interruptedAt(nth)
-		limited, cancel := context.WithTimeout(ctx.Context, limitFor(m))
+		limited, cancel := context.WithTimeout(ctx.Context, gvmtest.LimitFor(m))
 		defer cancel()
 		ctx.Context = limited // or a lock that is taken twice would be waited for for ever
 		interrupt := ctx.before
@@ -980,7 +917,7 @@ func TestN6TwoAddressSpacesShareFiles(t *testing.T) {
 		})
 	}
 	for i, w := range worlds {
-		if !closedWithin(done[i], lasts+limit) {
+		if !gvmtest.ClosedWithin(done[i], lasts+gvmtest.Limit) {
 			t.Fatal("the address spaces wait for each other")
 		}
 		w.close()
@@ -1030,12 +967,12 @@ func checkNoDeadlock(m mutant) error {
 	<-reached[0]
 	close(leave[1])
 	other := register(1)
-	if closedWithin(other, graceFor(m)) {
+	if gvmtest.ClosedWithin(other, gvmtest.GraceFor(m)) {
 		worlds[1].errorf("a registration went through while another one held one of its locks")
 	}
 	close(leave[0])
 	for i, done := range []<-chan struct{}{first, other} {
-		if !closedWithin(done, limitFor(m)) {
+		if !gvmtest.ClosedWithin(done, gvmtest.LimitFor(m)) {
 			worlds[i].errorf("two address spaces that share files wait for each other")
 			cancel()
 		}
@@ -1067,7 +1004,7 @@ func checkUnregisterTakesNoLocks(m mutant) error {
 	})
 	<-held
 	done := w.background(s.Unregister)
-	if !closedWithin(done, limitFor(m)) {
+	if !gvmtest.ClosedWithin(done, gvmtest.LimitFor(m)) {
 		w.errorf("Unregister waits for locks that no bracket is run under")
 	}
 	close(leave)
@@ -1164,7 +1101,7 @@ func checkMeeting(m mutant, exitFirst bool) error {
 		}
 		close(inside)
 		<-leave
-		if isClosed(w.torn) {
+		if gvmtest.Closed(w.torn) {
 			w.errorf("the mappings are given up while Release is running")
 		}
 		released.Store(true)
@@ -1187,14 +1124,14 @@ func checkMeeting(m mutant, exitFirst bool) error {
 	<-inside
 	requested := graceRequested()
 	end(ends[1])
-	if !eventually(requested) {
+	if !gvmtest.Eventually(requested) {
 		w.errorf("whoever comes second does not wait for a grace period")
 	}
 	w.bracket(clearing(page), nil)
 	if n := told.Load(); n != 1 {
 		w.errorf("while Release is running the subscriber is told of a bracket %d times, want once", n)
 	}
-	closedWithin(done[1], graceFor(m))
+	gvmtest.ClosedWithin(done[1], gvmtest.GraceFor(m))
 	close(leave)
 	<-done[0]
 	<-done[1]
@@ -1221,7 +1158,7 @@ func checkLateWalk(m mutant, exitFirst bool) error {
 	inside, done := make(chan struct{}), make(chan struct{})
 	s := &starts{starter: func(*Invalidation) error {
 		close(inside)
-		if closedWithin(done, graceFor(m)) {
+		if gvmtest.ClosedWithin(done, gvmtest.GraceFor(m)) {
 			w.errorf("Unregister or the exit has returned while a method is running")
 		}
 		return nil
@@ -1256,13 +1193,13 @@ func checkClaimedInside(m mutant) error {
 	for range rounds {
 		w := newWorld(m)
 		s := &base{release: func() {
-			if closedWithin(w.torn, grace) {
+			if gvmtest.ClosedWithin(w.torn, gvmtest.Grace) {
 				w.errorf("the mappings are given up before Release has returned")
 			}
 		}}
 		w.register(s)
 		unregistered := w.background(s.Unregister)
-		eventually(func() bool { return s.state.Load()&phase > live })
+		gvmtest.Eventually(func() bool { return s.state.Load()&phase > live })
 		w.exit()
 		<-unregistered
 		w.gone()
@@ -1280,7 +1217,7 @@ func checkExitAwaitsMethods(m mutant) error {
 	s := &starts{starter: func(*Invalidation) error {
 		close(inside)
 		<-leave
-		if isClosed(w.torn) {
+		if gvmtest.Closed(w.torn) {
 			w.errorf("the mappings are given up while a method is running")
 		}
 		return nil
@@ -1289,7 +1226,7 @@ func checkExitAwaitsMethods(m mutant) error {
 	bracket := w.background(func() { w.bracket(clearing(page), nil) })
 	<-inside
 	exited := w.background(w.exit)
-	closedWithin(w.torn, graceFor(m))
+	gvmtest.ClosedWithin(w.torn, gvmtest.GraceFor(m))
 	close(leave)
 	<-bracket
 	<-exited
@@ -1548,7 +1485,7 @@ func checkUnregisterAwaitsMethods(m mutant) error {
 	bracket := w.background(func() { w.bracket(clearing(page), nil) })
 	<-inside
 	unregistered := w.background(func() { s.Unregister(); gone.Store(true) })
-	closedWithin(unregistered, graceFor(m))
+	gvmtest.ClosedWithin(unregistered, gvmtest.GraceFor(m))
 	close(leave)
 	<-bracket
 	<-unregistered
@@ -1586,10 +1523,10 @@ func TestN11SelfDetach(t *testing.T) {
 	}
 	idx := chains.ReadLock()
 	exited := w.background(w.exit)
-	if !eventually(func() bool { return released.Load() == 4 }) {
+	if !gvmtest.Eventually(func() bool { return released.Load() == 4 }) {
 		t.Errorf("%d of 4 subscribers are released", released.Load())
 	}
-	if closedWithin(exited, grace) || freed.Load() != 0 {
+	if gvmtest.ClosedWithin(exited, gvmtest.Grace) || freed.Load() != 0 {
 		t.Errorf("%d subscribers are freed before a grace period has passed", freed.Load())
 	}
 	chains.ReadUnlock(idx)
@@ -1619,7 +1556,7 @@ func checkDetachedIsNotFound(m mutant) error {
 	k = NewKind(func(*AddressSpace) (*starts, error) {
 		s := &starts{starter: func(*Invalidation) error {
 			close(inside)
-			if closedWithin(freed, graceFor(m)) {
+			if gvmtest.ClosedWithin(freed, gvmtest.GraceFor(m)) {
 				w.errorf("it is freed while its start is running")
 			}
 			return nil
@@ -1645,7 +1582,7 @@ func checkDetachedIsNotFound(m mutant) error {
 func (w *world) lateBracket(wait func(), inside <-chan struct{}) {
 	ignored := graceIgnores()
 	wait()
-	if !eventually(ignored) {
+	if !gvmtest.Eventually(ignored) {
 		w.errorf("nobody waits for a grace period")
 	}
 	select {
@@ -1670,13 +1607,13 @@ func checkFreedAfterExit(m mutant) error {
 	w.register(s)
 	exited := w.background(w.exit)
 	<-detached
-	if closedWithin(freed, graceFor(m)) {
+	if gvmtest.ClosedWithin(freed, gvmtest.GraceFor(m)) {
 		w.errorf("a subscriber is freed that the exit has still to unlink")
 	}
 	w.subs.Load().mu.Unlock()
 	<-exited
 	Synchronize()
-	if !isClosed(freed) {
+	if !gvmtest.Closed(freed) {
 		w.errorf("a subscriber that detached itself is not freed")
 	}
 	w.gone()
@@ -1732,7 +1669,7 @@ func checkFreesHaveReturned(synchronize func()) error {
 	case n := <-after:
 		err = fmt.Errorf("it has returned when %d of 3 functions had, and one before them had not", n)
 		close(leave)
-	case <-time.After(grace):
+	case <-time.After(gvmtest.Grace):
 		close(leave)
 		if n := <-after; n != 3 {
 			err = fmt.Errorf("it has returned when %d of 3 functions had", n)
@@ -1765,10 +1702,10 @@ func TestN13OneSleeperDelaysNoBrackets(t *testing.T) {
 	}
 	begin := time.Now()
 	unregistered := b.background(other.Unregister)
-	if !eventually(func() bool { return other.state.Load()&phase == released }) {
+	if !gvmtest.Eventually(func() bool { return other.state.Load()&phase == released }) {
 		t.Error("Unregister does not call Release while a method sleeps elsewhere")
 	}
-	if closedWithin(unregistered, 5*grace) {
+	if gvmtest.ClosedWithin(unregistered, 5*gvmtest.Grace) {
 		t.Error("Unregister does not wait for a method of another address space, which the domain cannot tell from its own")
 	}
 	close(leave)
@@ -1888,7 +1825,7 @@ func checkUsersLeave(m mutant) error {
 		w.errorf("a subscription is a user: there are %d, want 1", n)
 	}
 	w.exit()
-	if !isClosed(w.torn) {
+	if !gvmtest.Closed(w.torn) {
 		w.errorf("the last user has gone, and the mappings stay because of a subscription")
 		w.exit()
 	}
@@ -2438,7 +2375,7 @@ func checkReaperNeverWaits(sleeps bool) error {
 	w.register(s)
 	inv := clearing(page)
 	inv.NonBlockable = true
-	soon := limit
+	soon := gvmtest.Limit
 	if sleeps {
 		soon = 50 * time.Millisecond
 	}
@@ -2452,7 +2389,7 @@ func checkReaperNeverWaits(sleeps bool) error {
 			w.errorf("%w", err)
 		}
 	})
-	if !closedWithin(reaped, soon) {
+	if !gvmtest.ClosedWithin(reaped, soon) {
 		w.errorf("a bracket that must not block waits for a subscriber")
 	}
 	mu.Unlock()
@@ -2498,10 +2435,10 @@ func TestN22OrderOfTheExit(t *testing.T) {
 	requested := graceRequested()
 	exited := w.background(w.exit)
 	<-last
-	if !eventually(requested) || !eventually(func() bool { return w.Stats().Notifiers == 0 }) {
+	if !gvmtest.Eventually(requested) || !gvmtest.Eventually(func() bool { return w.Stats().Notifiers == 0 }) {
 		t.Error("the exit does not come to an end of the chain")
 	}
-	if closedWithin(exited, grace) {
+	if gvmtest.ClosedWithin(exited, gvmtest.Grace) {
 		t.Error("the exit does not wait for a method")
 	}
 	close(leave)
@@ -2669,7 +2606,7 @@ func checkWalkersGoOn(m mutant) error {
 		bracket := w.background(func() { w.bracket(clearing(page), nil) })
 		<-inside
 		ended := w.background(func() { end(&middle.Notifier) })
-		if !eventually(func() bool { return w.Stats().Notifiers == 2 }) {
+		if !gvmtest.Eventually(func() bool { return w.Stats().Notifiers == 2 }) {
 			w.errorf("%s does not unlink while a method runs", name)
 		}
 		if next := middle.next.Load(); next != &rest.Notifier {
@@ -2701,7 +2638,7 @@ func TestN26SubscriptionsStay(t *testing.T) {
 	subs := w.subs.Load()
 	stop := make(chan struct{})
 	watcher := w.background(func() {
-		for !isClosed(stop) {
+		for !gvmtest.Closed(stop) {
 			if got := w.subs.Load(); got != subs {
 				w.errorf("the subscriptions went from %p to %p", subs, got)
 				return

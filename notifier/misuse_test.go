@@ -12,6 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/internal/gvmtest"
 )
 
 // said returns what was reported, without stacks and types.
@@ -251,7 +252,7 @@ func TestReregister(t *testing.T) {
 	close(leave)
 	<-done
 	s.starter = willing
-	if !eventually(func() bool { return w.Register(ctx, s) == nil }) {
+	if !gvmtest.Eventually(func() bool { return w.Register(ctx, s) == nil }) {
 		t.Error("it cannot be registered after a grace period")
 	}
 	s.Unregister()
@@ -439,7 +440,7 @@ func TestGoexitInAMethod(t *testing.T) {
 		defer w.InvalidateRangeEnd(inv)
 		_ = w.InvalidateRangeStart(inv)
 	})
-	if !closedWithin(w.background(s.Unregister), limit) {
+	if !gvmtest.ClosedWithin(w.background(s.Unregister), gvmtest.Limit) {
 		t.Error("Unregister waits for a goroutine that is gone")
 	}
 	w.close()

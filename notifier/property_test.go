@@ -18,6 +18,7 @@ import (
 
 	"github.com/secondmmu/gvm/addr"
 	"github.com/secondmmu/gvm/internal/goid"
+	"github.com/secondmmu/gvm/internal/gvmtest"
 	"github.com/secondmmu/gvm/srcu"
 )
 
@@ -32,7 +33,6 @@ import (
 // model's after each step. Freely, the goroutines meet where they meet.
 
 var (
-	propSeedFlag    = flag.Uint64("seed", 0, "seed of the property test; 0: a new one each time")
 	propCountFlag   = flag.Int("programs", 0, "run this many programs in the property test; 0: for as long as -property says")
 	propTimeFlag    = flag.Duration("property", 0, "run the property test for this long; 0: for a fraction of a second")
 	propProgramFlag = flag.String("program", "", "run this program in the property test, as it prints them")
@@ -2085,11 +2085,7 @@ func TestPropertyPrograms(t *testing.T) {
 		}
 		return
 	}
-	seed := *propSeedFlag
-	if seed == 0 {
-		seed = rand.Uint64()
-	}
-	rng := rand.New(rand.NewPCG(seed, 0))
+	rng := gvmtest.Rand(t)
 	length := 400 * time.Millisecond
 	switch {
 	case *propTimeFlag > 0:
@@ -2113,11 +2109,10 @@ func TestPropertyPrograms(t *testing.T) {
 			}
 		}
 		if f != nil {
-			t.Logf("-seed %d", seed)
 			propCheck(t, f, rng)
 		}
 	}
-	t.Logf("-seed %d: %d programs of %d operations were stepped; of some there were %d runs that were free", seed, stepped, ops, free)
+	t.Logf("%d programs of %d operations were stepped; of some there were %d runs that were free", stepped, ops, free)
 }
 
 // propCheck fails the test, after shrinking, if there is a failure.
@@ -2162,7 +2157,7 @@ var propMutants = []struct {
 // TestPropertyNoticesMutants runs programs on address spaces with a defect until
 // one fails.
 func TestPropertyNoticesMutants(t *testing.T) {
-	if raceDetector {
+	if gvmtest.Race {
 		t.Skip("some of the defects are data races, which the race detector notices first")
 	}
 	const most = 4000

@@ -25,20 +25,7 @@ import (
 
 func TestMain(m *testing.M) { gvmtest.Main(m) }
 
-var (
-	torture  = flag.Duration("torture", 0, "torture for this long, have readers leave sleeping updaters for as long or a million times, and make ten million runs of each litmus test, which takes minutes")
-	seedFlag = flag.Uint64("seed", 0, "seed of the random tests; 0: a new one each time")
-)
-
-// newSeed returns the seed of a random test, and logs it.
-func newSeed(t *testing.T) uint64 {
-	seed := *seedFlag
-	if seed == 0 {
-		seed = rand.Uint64()
-	}
-	t.Logf("-seed %d", seed)
-	return seed
-}
+var torture = flag.Duration("torture", 0, "torture for this long, have readers leave sleeping updaters for as long or a million times, and make ten million runs of each litmus test, which takes minutes")
 
 // A reader is a *Domain or a *Reader.
 type reader interface {
@@ -130,7 +117,7 @@ func eachReader(t *testing.T, f func(t *testing.T, b bed)) {
 }
 
 func newBed(d *Domain, handle bool, wait func(*Domain)) bed {
-	b := bed{d: d, newReader: func() (reader, func()) { return d, func() {} }, wait: wait, patience: patience}
+	b := bed{d: d, newReader: func() (reader, func()) { return d, func() {} }, wait: wait, patience: gvmtest.Grace}
 	if handle {
 		b.newReader = func() (reader, func()) {
 			r := d.NewReader()
@@ -151,51 +138,11 @@ func eachCheck(t *testing.T, checks ...check) {
 	}
 }
 
-const (
-	// patience is that of a check which expects that nothing happens. One that
-	// has a defect to find has more: it is on a busy machine that it needs it.
-	patience = time.Millisecond
-	// limit is how long what has to happen soon may take: a test that meets it has
-	// met something that never ends.
-	limit = 20 * time.Second
-)
-
-// background starts f and returns a channel that is closed when it has returned.
-func background(f func()) <-chan struct{} {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		f()
-	}()
-	return done
-}
-
-func closedWithin(done <-chan struct{}, d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-done:
-		return true
-	case <-timer.C:
-		return false
-	}
-}
-
-// eventually waits for a condition that is about to come true.
-func eventually(cond func() bool) bool {
-	for deadline := time.Now().Add(limit); !cond(); runtime.Gosched() {
-		if time.Now().After(deadline) {
-			return false
-		}
-	}
-	return true
-}
-
-// await is eventually for what the rest of a test or check stands on. There is no
-// way back from it: somebody would be left inside, and somebody waiting.
+// await is gvmtest.Eventually for what the rest of a test or check stands on. There
+// is no way back from it: somebody would be left inside, and somebody waiting.
 func await(what string, cond func() bool) {
-	if !eventually(cond) {
-		panic(fmt.Sprintf("the test waited %v in vain for %s", limit, what))
+	if !gvmtest.Eventually(cond) {
+		panic(fmt.Sprintf("the test waited %v in vain for %s", gvmtest.Limit, what))
 	}
 }
 
@@ -216,14 +163,7 @@ func (b bed) never(cond func() bool) bool {
 // early reports whether what must not end yet does so all the same. It does not
 // sleep: that takes longer than patience asks for.
 func (b bed) early(done <-chan struct{}) bool {
-	return !b.never(func() bool {
-		select {
-		case <-done:
-			return true
-		default:
-			return false
-		}
-	})
+	return !b.never(func() bool { return gvmtest.Closed(done) })
 }
 
 // lockInRank opens a section as a reader does that fetched idx when i was the
@@ -280,7 +220,7 @@ func crowd(b bed, n int) (bk book, stop func()) {
 	bk = make(book, n)
 	var done atomic.Bool
 	var readers sync.WaitGroup
-	updater := background(func() {
+	updater := gvmtest.Background(func() {
 		for !done.Load() {
 			b.wait(b.d)
 			runtime.Gosched()
@@ -391,7 +331,7 @@ func checkOpenSections(b bed) error {
 		for _, i := range order {
 			tokens[i] = lockInRank(b.d, r, i)
 		}
-		done := background(func() { b.wait(b.d) })
+		done := gvmtest.Background(func() { b.wait(b.d) })
 		var err error
 		for _, i := range order {
 			if err == nil && b.early(done) {
@@ -431,7 +371,7 @@ func TestS4SynchronizeIsBoundedUnderShortReaders(t *testing.T) {
 			})
 		}
 		for range rounds(20) {
-			if !closedWithin(background(func() { b.wait(b.d) }), limit) {
+			if !gvmtest.ClosedWithin(gvmtest.Background(func() { b.wait(b.d) }), gvmtest.Limit) {
 				t.Error("a grace period does not end while there are short sections")
 				break
 			}
@@ -450,12 +390,12 @@ func checkLaterSections(b bed) error {
 	defer close2()
 	r2.ReadUnlock(r2.ReadLock())
 	first := r1.ReadLock()
-	done := background(func() { b.wait(b.d) })
+	done := gvmtest.Background(func() { b.wait(b.d) })
 	awaitFlip(b.d, first)
 	second := r2.ReadLock()
 	late := rank(second) == rank(first)
 	r1.ReadUnlock(first)
-	if !late && !closedWithin(done, limit) {
+	if !late && !gvmtest.ClosedWithin(done, gvmtest.Limit) {
 		late = true
 	}
 	r2.ReadUnlock(second)
@@ -473,7 +413,7 @@ func checkIdxStandsStill(b bed) error {
 	defer closeReader()
 	before := b.d.idx.Load()
 	token := lockInRank(b.d, r, 1-before&1)
-	done := background(func() { b.wait(b.d) })
+	done := gvmtest.Background(func() { b.wait(b.d) })
 	b.never(func() bool { return b.d.idx.Load() != before })
 	after := b.d.idx.Load()
 	r.ReadUnlock(token)
@@ -496,16 +436,16 @@ func TestS5ReadersNeverWait(t *testing.T) {
 				i = 1 - i
 			}
 			token := lockInRank(b.d, asleep, i)
-			done := background(func() { b.wait(b.d) }) // it holds gp
+			done := gvmtest.Background(func() { b.wait(b.d) }) // it holds gp
 			awaitScan(b.d, state)
 			b.d.handlesMu.Lock()
 			b.d.callbacks.mu.Lock()
-			sections := background(func() {
+			sections := gvmtest.Background(func() {
 				for range 1000 {
 					r.ReadUnlock(r.ReadLock())
 				}
 			})
-			if !closedWithin(sections, limit) {
+			if !gvmtest.ClosedWithin(sections, gvmtest.Limit) {
 				t.Errorf("a reader waits for a lock in wait %d of a grace period", state)
 			}
 			b.d.callbacks.mu.Unlock()
@@ -572,14 +512,14 @@ func TestS6UnlockOnAnotherShard(t *testing.T) {
 	}
 	const enough = 20
 	crossed, sections := 0, 0
-	for deadline := time.Now().Add(limit); crossed < enough && time.Now().Before(deadline); sections++ {
+	for deadline := time.Now().Add(gvmtest.Limit); crossed < enough && time.Now().Before(deadline); sections++ {
 		if crosses(t, New()) {
 			crossed++
 		}
 	}
 	t.Logf("%d of %d sections ended on another shard", crossed, sections)
 	if crossed < enough {
-		t.Errorf("in %v only %d sections ended on another shard: the test has seen nothing", limit, crossed)
+		t.Errorf("in %v only %d sections ended on another shard: the test has seen nothing", gvmtest.Limit, crossed)
 	}
 }
 
@@ -594,12 +534,12 @@ func crosses(t *testing.T, d *Domain) bool {
 			}
 		}
 	}
-	opener := background(func() {
+	opener := gvmtest.Background(func() {
 		token.Store(int32(d.DownRead()))
 		turn.Store(1)
 		spin(2)
 	})
-	closer := background(func() {
+	closer := gvmtest.Background(func() {
 		spin(1)
 		open := rank(int(token.Load()))
 		for i := range uint64(2) {
@@ -664,7 +604,7 @@ func duringScans(d *Domain, budget time.Duration, prepare func(last int) (before
 		took atomic.Int64 // how long the last scan took
 	)
 	took.Store(1)
-	helper := background(func() {
+	helper := gvmtest.Background(func() {
 		for seen := int64(0); seen >= 0; runtime.Gosched() {
 			if now := scan.Load(); now > seen {
 				// Anywhere in the scan, which began just now.
@@ -730,7 +670,7 @@ func checkStalledReader(b bed) error {
 			b.wait(b.d)
 		}
 		token := lockInRank(b.d, r, fetched)
-		done := background(func() { b.wait(b.d) })
+		done := gvmtest.Background(func() { b.wait(b.d) })
 		early := b.early(done)
 		r.ReadUnlock(token)
 		<-done
@@ -749,7 +689,7 @@ func TestS8OutermostSectionIsWaitedFor(t *testing.T) {
 			r, closeReader := b.newReader()
 			defer closeReader()
 			outer := r.ReadLock()
-			done := background(func() { b.wait(b.d) })
+			done := gvmtest.Background(func() { b.wait(b.d) })
 			awaitFlip(b.d, outer)
 			inner := r.ReadLock()
 			if rank(inner) == rank(outer) {
@@ -758,7 +698,7 @@ func TestS8OutermostSectionIsWaitedFor(t *testing.T) {
 			if outerFirst {
 				// The inner one is younger than the grace period.
 				r.ReadUnlock(outer)
-				if !closedWithin(done, limit) {
+				if !gvmtest.ClosedWithin(done, gvmtest.Limit) {
 					t.Error("a grace period waits for a section that was opened after its flip")
 				}
 				r.ReadUnlock(inner)
@@ -794,11 +734,11 @@ func TestS9SleepingReaderBlocksOnlyItsOwnDomain(t *testing.T) {
 		r, closeReader := b.newReader()
 		defer closeReader()
 		idx := r.ReadLock()
-		own := background(func() { b.wait(b.d) })
+		own := gvmtest.Background(func() { b.wait(b.d) })
 		for _, fl := range flavours {
 			other := fl.domain()
 			other.Call(new(Head), func(*Head) {})
-			if !closedWithin(background(func() { b.wait(other); other.Barrier() }), limit) {
+			if !gvmtest.ClosedWithin(gvmtest.Background(func() { b.wait(other); other.Barrier() }), gvmtest.Limit) {
 				t.Errorf("a grace period of %q waits for the reader of another domain", fl.name)
 			}
 		}
@@ -862,7 +802,7 @@ func checkCallbackAfterItsGracePeriod(b bed) error {
 	r2, close2 := b.newReader()
 	defer close2()
 	first := r1.ReadLock()
-	done := background(func() { b.wait(b.d) })
+	done := gvmtest.Background(func() { b.wait(b.d) })
 	awaitFlip(b.d, first)
 	second := r2.ReadLock()
 	var h Head
@@ -928,7 +868,7 @@ func checkBarrierWaits(b bed) error {
 		<-leave
 	})
 	<-running
-	done := background(b.d.Barrier)
+	done := gvmtest.Background(b.d.Barrier)
 	early := b.early(done)
 	close(leave)
 	<-done
@@ -969,7 +909,7 @@ func TestS12BarrierTerminatesInAStormOfCalls(t *testing.T) {
 			})
 		}
 		for range 2 {
-			if !closedWithin(background(b.d.Barrier), limit) {
+			if !gvmtest.ClosedWithin(gvmtest.Background(b.d.Barrier), gvmtest.Limit) {
 				t.Error("Barrier does not return while there are new callbacks")
 				break
 			}
@@ -991,7 +931,7 @@ func checkCookieUnderWay(b bed) error {
 			i = 1 - i
 		}
 		token := lockInRank(b.d, r, i)
-		done := background(func() { b.wait(b.d) })
+		done := gvmtest.Background(func() { b.wait(b.d) })
 		awaitScan(b.d, state)
 		c := b.d.GetState()
 		r.ReadUnlock(token)
@@ -1088,7 +1028,7 @@ func TestS16GracePeriodsAreShared(t *testing.T) {
 		r, closeReader := b.newReader()
 		defer closeReader()
 		idx := r.ReadLock()
-		done := background(func() { b.wait(b.d) })
+		done := gvmtest.Background(func() { b.wait(b.d) })
 		awaitFlip(b.d, idx)
 		if got := cost(b, func() { r.ReadUnlock(idx) }); got < 2 || got > 3 {
 			t.Errorf("%d calls during a grace period cost %d with it, want 2 or 3", n, got)
@@ -1164,7 +1104,7 @@ func TestS19CountersWrap(t *testing.T) {
 	var cookies [2][]Cookie // of the same grace periods, taken during the one before, and after it
 	for range 4 {
 		idx := d.ReadLock()
-		done := background(d.Synchronize)
+		done := gvmtest.Background(d.Synchronize)
 		awaitFlip(d, idx)
 		cookies[0] = append(cookies[0], d.GetState())
 		d.ReadUnlock(idx)
@@ -1266,7 +1206,7 @@ func TestS22LastReaderLeavesWhileTheUpdaterSleeps(t *testing.T) {
 	if *torture > 0 {
 		length = *torture / variants
 	}
-	seed := newSeed(t)
+	seed := gvmtest.Seed(t)
 	var total, totalWaited int
 	for v, fl := range flavours {
 		for w, how := range waits {
@@ -1293,7 +1233,7 @@ func TestS22LastReaderLeavesWhileTheUpdaterSleeps(t *testing.T) {
 							more = noticed && waited < million/variants && time.Now().Before(deadline)
 							mu.Unlock()
 							if !noticed {
-								t.Errorf("Synchronize has not noticed in %v that the last reader has left", limit)
+								t.Errorf("Synchronize has not noticed in %v that the last reader has left", gvmtest.Limit)
 							}
 						}
 					})
@@ -1318,7 +1258,7 @@ func leave(b bed, rng *rand.Rand) (waited bool, took time.Duration, noticed bool
 	r, closeReader := b.newReader()
 	defer closeReader()
 	idx := r.ReadLock()
-	done := background(func() { b.wait(b.d) })
+	done := gvmtest.Background(func() { b.wait(b.d) })
 	switch n := rng.IntN(64); {
 	case n == 0:
 		time.Sleep(time.Duration(rng.IntN(int(3 * time.Millisecond)))) // until one in a hurry sleeps, too
@@ -1332,7 +1272,7 @@ func leave(b bed, rng *rand.Rand) (waited bool, took time.Duration, noticed bool
 	waited = b.d.seq.Load()&seqState == scan2
 	r.ReadUnlock(idx)
 	left := time.Now()
-	noticed = closedWithin(done, limit)
+	noticed = gvmtest.ClosedWithin(done, gvmtest.Limit)
 	return waited, time.Since(left), noticed
 }
 
@@ -1344,10 +1284,10 @@ func TestS23DelayOfTheDefaultDomainIsVisible(t *testing.T) {
 		t.Errorf("an idle domain waits for %v, for rank %d", s.Waiting, s.WaitingRank)
 	}
 	idx := d.ReadLock()
-	done := background(d.Synchronize)
+	done := gvmtest.Background(d.Synchronize)
 	const delay = 5 * time.Millisecond
 	awaitFlip(d, idx)
-	if !eventually(func() bool { return d.Stats().Waiting >= delay }) {
+	if !gvmtest.Eventually(func() bool { return d.Stats().Waiting >= delay }) {
 		t.Errorf("Stats says %+v, of a grace period that has waited for %v", d.Stats(), delay)
 	}
 	if s := d.Stats(); s.WaitingRank != int(rank(idx)) || s.Readers != 1 {

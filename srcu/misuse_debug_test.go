@@ -7,6 +7,8 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+
+	"github.com/secondmmu/gvm/internal/gvmtest"
 )
 
 // here returns the place of its caller, as panics name it.
@@ -18,7 +20,7 @@ func here() string {
 // TestS21DebugBuild lists misuse that a debug build sees. The domain goes on to work.
 func TestS21DebugBuild(t *testing.T) {
 	elsewhere := func(f func()) (text string) {
-		<-background(func() { text = panics(f) })
+		<-gvmtest.Background(func() { text = gvmtest.Panics(f) })
 		return text
 	}
 	waiters := map[string]func(*Domain){
@@ -31,7 +33,7 @@ func TestS21DebugBuild(t *testing.T) {
 		for what, wait := range waiters {
 			r, closeReader := newBed(d, fl.handle, nil).newReader()
 			idx, site := r.ReadLock(), here()
-			got, want := panics(func() { wait(d) }), "srcu: "+what+" waits for the section that its own goroutine opened at "+site
+			got, want := gvmtest.Panics(func() { wait(d) }), "srcu: "+what+" waits for the section that its own goroutine opened at "+site
 			if got != want {
 				t.Errorf("%s: %s inside a section panics with %q, want %q", fl.name, what, got, want)
 			}
@@ -41,16 +43,16 @@ func TestS21DebugBuild(t *testing.T) {
 
 		idx := d.ReadLock()
 		d.ReadUnlock(idx)
-		got, site := panics(func() { d.ReadUnlock(idx) }), here()
+		got, site := gvmtest.Panics(func() { d.ReadUnlock(idx) }), here()
 		if want := fmt.Sprintf("srcu: ReadUnlock at %s with the token %d, whose section is closed already or of another domain", site, idx); got != want {
 			t.Errorf("%s: a token used twice panics with %q, want %q", fl.name, got, want)
 		}
-		if got, want := panics(func() { d.UpRead(idx) }), "misuse_debug_test.go"; !strings.Contains(got, want) {
+		if got, want := gvmtest.Panics(func() { d.UpRead(idx) }), "misuse_debug_test.go"; !strings.Contains(got, want) {
 			t.Errorf("%s: UpRead with a token used twice panics with %q, want %q in it, where the call is", fl.name, got, want)
 		}
 
 		idx, site = d.ReadLock(), here()
-		if got, want := panics(func() { New().ReadUnlock(idx) }), "closed already or of another domain"; !strings.Contains(got, want) {
+		if got, want := gvmtest.Panics(func() { New().ReadUnlock(idx) }), "closed already or of another domain"; !strings.Contains(got, want) {
 			t.Errorf("%s: the token of another domain panics with %q, want %q in it", fl.name, got, want)
 		}
 		if got, want := elsewhere(func() { d.ReadUnlock(idx) }), "of a section that another goroutine opened at "+site; !strings.Contains(got, want) {

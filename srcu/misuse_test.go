@@ -9,24 +9,15 @@ import (
 	"sync"
 	"testing"
 	"time"
-)
 
-// panics returns what f panics with, or "" if it returns.
-func panics(f func()) (text string) {
-	defer func() {
-		if p := recover(); p != nil {
-			text = fmt.Sprint(p)
-		}
-	}()
-	f()
-	return ""
-}
+	"github.com/secondmmu/gvm/internal/gvmtest"
+)
 
 // works fails the test if the domain does not do all that it is for.
 func works(t *testing.T, d *Domain) {
 	t.Helper()
 	b := newBed(d, false, (*Domain).Synchronize)
-	b.patience = patience / 5 // there are many who ask
+	b.patience /= 5 // there are many who ask
 	for _, c := range []check{checkOpenSections, checkCookieUnderWay, checkBarrierWaits} {
 		if err := c(b); err != nil {
 			t.Errorf("after misuse: %v", err)
@@ -86,7 +77,7 @@ func TestS21MisuseIsReported(t *testing.T) {
 		t.Run(strings.ReplaceAll(name, " ", "_"), func(t *testing.T) {
 			for _, fl := range flavours {
 				d := fl.domain()
-				if got := panics(func() { tt.misuse(d) }); !strings.Contains(got, tt.want) {
+				if got := gvmtest.Panics(func() { tt.misuse(d) }); !strings.Contains(got, tt.want) {
 					t.Errorf("%s: panics with %q, want %q in it", fl.name, got, tt.want)
 				}
 				works(t, d)
@@ -102,7 +93,7 @@ func TestS21UnlockWithoutLock(t *testing.T) {
 		for i := range 2 {
 			r, _ := b.newReader() // it cannot be closed, if it has to be registered
 			if debug {
-				if got, want := panics(func() { r.ReadUnlock(i) }), "closed already or of another domain"; !strings.Contains(got, want) {
+				if got, want := gvmtest.Panics(func() { r.ReadUnlock(i) }), "closed already or of another domain"; !strings.Contains(got, want) {
 					t.Errorf("ReadUnlock panics with %q, want %q in it", got, want)
 				}
 				continue
@@ -113,7 +104,7 @@ func TestS21UnlockWithoutLock(t *testing.T) {
 			const want = "ReadUnlock was called without ReadLock, or twice"
 			for range 2 {
 				for _, w := range waits {
-					if got := panics(func() { w.wait(b.d) }); !strings.Contains(got, want) {
+					if got := gvmtest.Panics(func() { w.wait(b.d) }); !strings.Contains(got, want) {
 						t.Errorf("%s: the next grace period panics with %q, want %q in it", w.name, got, want)
 					}
 					// None has ended, and none is under way.
@@ -149,7 +140,7 @@ func TestS21UnlockWithoutLockWhileManyWait(t *testing.T) {
 		var texts [n]string
 		var all sync.WaitGroup
 		for i := range texts {
-			all.Go(func() { texts[i] = panics(func() { b.wait(b.d) }) })
+			all.Go(func() { texts[i] = gvmtest.Panics(func() { b.wait(b.d) }) })
 		}
 		await("everybody to ask", func() bool { return b.d.requests.Load()-demands == n })
 		b.d.gp.Unlock()
@@ -183,7 +174,7 @@ func TestS21UnlockWithoutLockEndsTheProcess(t *testing.T) {
 		d := New()
 		d.ReadUnlock(0)
 		use(d)
-		time.Sleep(limit)
+		time.Sleep(gvmtest.Limit)
 		return
 	}
 	for what := range uses {
@@ -202,7 +193,7 @@ func TestS21ReadersMix(t *testing.T) {
 	b := newBed(d, false, (*Domain).Synchronize)
 	r := d.NewReader()
 	own, down, registered := d.ReadLock(), d.DownRead(), r.ReadLock()
-	done := background(d.Synchronize)
+	done := gvmtest.Background(d.Synchronize)
 	for i, unlock := range []func(){
 		func() { d.ReadUnlock(own) }, func() { r.ReadUnlock(registered) }, func() { d.UpRead(down) },
 	} {
@@ -239,7 +230,7 @@ func TestS18CleanupRefuses(t *testing.T) {
 		}, func(e *BusyError) bool { return *e == BusyError{Handles: 1} }},
 		"grace period": {func(d *Domain) func() {
 			idx := d.ReadLock()
-			done := background(d.Synchronize)
+			done := gvmtest.Background(d.Synchronize)
 			awaitScan(d, scan2)
 			return func() { d.ReadUnlock(idx); <-done }
 		}, func(e *BusyError) bool { return *e == BusyError{Readers: 1, GracePeriod: true} }},
@@ -308,7 +299,7 @@ func TestS21UseAfterCleanup(t *testing.T) {
 			"NewReader":            func() { d.NewReader() },
 			"OnStall":              func() { d.OnStall(0, nil) },
 		} {
-			if got, want := panics(use), "srcu: "+what+" of a domain after its Cleanup"; got != want {
+			if got, want := gvmtest.Panics(use), "srcu: "+what+" of a domain after its Cleanup"; got != want {
 				t.Errorf("%s: panics with %q, want %q", fl.name, got, want)
 			}
 		}
@@ -324,7 +315,7 @@ func TestS21UseAfterCleanup(t *testing.T) {
 			"ReadUnlock": {func() { d.ReadUnlock(0) }, unlock},
 			"UpRead":     {func() { d.UpRead(0) }, unlock},
 		} {
-			if got := panics(tt.use); !strings.Contains(got, tt.want) {
+			if got := gvmtest.Panics(tt.use); !strings.Contains(got, tt.want) {
 				t.Errorf("%s: %s panics with %q, want %q in it", fl.name, what, got, tt.want)
 			}
 		}
@@ -335,7 +326,7 @@ func TestS21UseAfterCleanup(t *testing.T) {
 }
 
 func TestCleanupOfTheDefaultDomain(t *testing.T) {
-	if got, want := panics(func() { _ = Default().Cleanup() }), "srcu: Cleanup of the default domain"; got != want {
+	if got, want := gvmtest.Panics(func() { _ = Default().Cleanup() }), "srcu: Cleanup of the default domain"; got != want {
 		t.Errorf("panics with %q, want %q", got, want)
 	}
 }

@@ -5,11 +5,11 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime"
-	"strings"
 	"sync/atomic"
 	"testing"
-	"text/tabwriter"
 	"time"
+
+	"github.com/secondmmu/gvm/internal/gvmtest"
 )
 
 // budget is what a check that has to be lucky may take for one mutant.
@@ -27,10 +27,10 @@ const (
 	luck
 )
 
-// mutants are the defects that the checks of this package are known to see. Those
-// of an updater are switched on in the domain; those of a reader are readers of
-// this file, which count as they should not.
-var mutants = []struct {
+// A domainMutant is a gvmtest.Mutant before its check has a bed. The defect of an
+// updater is switched on in the domain; that of a reader is a reader of this file,
+// which counts as it should not.
+type domainMutant struct {
 	id, defect string
 	mutant     mutant
 	domain     func() *Domain         // nil: New
@@ -40,7 +40,10 @@ var mutants = []struct {
 	long       bool                   // a domain without the defect is looked at by a test of its own
 	need       need                   // of the check; package model needs nothing
 	why        string                 // there is no check
-}{
+}
+
+// mutants are the defects that the checks of this package are known to see.
+var mutants = []domainMutant{
 	{id: "SM1", defect: "no first wait", mutant: noScan1, check: checkStalledReader, by: "S7 stalled reader"},
 	{id: "SM2", defect: "no flip", mutant: noFlip, check: checkOpenSections, by: "S3 open sections"},
 	{id: "SM3", defect: "opened summed first", mutant: locksFirst, check: checkSums(openOn, closeOn), by: "S6 sections between the sums", long: true, need: processors},
@@ -71,50 +74,44 @@ var mutants = []struct {
 // TestMutants has each check find the defect that it is there for, and find
 // nothing in a domain without it.
 func TestMutants(t *testing.T) {
-	var out strings.Builder
-	w := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
-	fmt.Fprint(w, "mutant\tdefect\tcaught by\tafter\n")
-	for _, m := range mutants {
-		why := m.why
-		if m.mutant == noMembarrier && m.reader == nil && (debug || !asymmetric) {
-			why = "in this build a fence comes with every section"
+	list := make([]gvmtest.Mutant[bool], len(mutants))
+	for i, m := range mutants {
+		list[i] = m.row()
+	}
+	gvmtest.RunMutants(t, list)
+}
+
+// row is the mutant in the table: there it has its defect if that is true.
+func (m domainMutant) row() gvmtest.Mutant[bool] {
+	row := gvmtest.Mutant[bool]{ID: m.id, Defect: true, What: m.defect, By: m.by, NA: m.why}
+	if m.mutant == noMembarrier && m.reader == nil && (debug || !asymmetric) {
+		row.By, row.NA = "", "in this build a fence comes with every section"
+	}
+	if row.NA != "" {
+		return row
+	}
+	if m.need == luck || m.need == processors && !twoProcessors() {
+		row.Chance = "package model; not seen here"
+	}
+	row.Check = func(defective bool) error {
+		if m.long && !defective {
+			return nil
 		}
-		if why != "" {
-			fmt.Fprintf(w, "%s\t%s\tnot applicable\t%s\n", m.id, m.defect, why)
-			continue
+		d := New()
+		if m.domain != nil {
+			d = m.domain()
 		}
-		domain := m.domain
-		if domain == nil {
-			domain = New
-		}
-		if !m.long {
-			if err := m.check(newBed(domain(), false, (*Domain).Synchronize)); err != nil {
-				t.Errorf("%s: without the defect: %v", m.id, err)
-			}
-		}
-		d := domain()
-		d.mutant = m.mutant
 		b := newBed(d, false, (*Domain).Synchronize)
-		b.patience = limit // a check that sees the defect does not wait for so long
-		if m.reader != nil {
+		if defective {
+			d.mutant = m.mutant
+			b.patience = gvmtest.Limit // a check that sees the defect does not wait for so long
+		}
+		if defective && m.reader != nil {
 			b.newReader = func() (reader, func()) { return m.reader(d), func() {} }
 		}
-		start := time.Now()
-		err := m.check(b)
-		after := time.Since(start)
-		switch {
-		case err != nil:
-			fmt.Fprintf(w, "%s\t%s\t%s\t%v\n", m.id, m.defect, m.by, after.Round(time.Microsecond))
-			t.Logf("%s: %v", m.id, err)
-		case m.need == luck, m.need == processors && !twoProcessors():
-			fmt.Fprintf(w, "%s\t%s\tpackage model; not seen here\t%v\n", m.id, m.defect, after.Round(time.Millisecond))
-		default:
-			fmt.Fprintf(w, "%s\t%s\tnobody\t%v\n", m.id, m.defect, after)
-			t.Errorf("%s survives: %s", m.id, m.defect)
-		}
+		return m.check(b)
 	}
-	w.Flush()
-	t.Logf("\n%s", &out)
+	return row
 }
 
 func twoProcessors() bool { return runtime.GOMAXPROCS(0) >= 2 && runtime.NumCPU() >= 2 }
@@ -185,10 +182,10 @@ func checkOneAtATime(b bed) error {
 	r, closeReader := b.newReader()
 	defer closeReader()
 	token := r.ReadLock()
-	first := background(func() { b.wait(b.d) })
+	first := gvmtest.Background(func() { b.wait(b.d) })
 	awaitFlip(b.d, token)
 	idx, seq := b.d.idx.Load(), b.d.seq.Load()
-	second := background(func() { b.wait(b.d) })
+	second := gvmtest.Background(func() { b.wait(b.d) })
 	var err error
 	if !b.never(func() bool { return b.d.idx.Load() != idx || b.d.seq.Load() != seq }) {
 		err = fmt.Errorf("during a grace period idx went from %d to %d and seq from %#x to %#x", idx, b.d.idx.Load(), seq, b.d.seq.Load())
@@ -205,7 +202,7 @@ func checkHeadTwice(b bed) error {
 	d.callbacks.working = true
 	var h Head
 	d.Call(&h, func(*Head) {})
-	if panics(func() { d.Call(&h, func(*Head) {}) }) == "" {
+	if gvmtest.Panics(func() { d.Call(&h, func(*Head) {}) }) == "" {
 		return errors.New("a Head that is queued already is queued again")
 	}
 	return nil
@@ -246,7 +243,7 @@ func storeBuffers(b bed, budget time.Duration) error {
 			_     [ShardSize]byte
 		}
 	)
-	done := background(func() {
+	done := gvmtest.Background(func() {
 		r, closeReader := b.newReader()
 		defer closeReader()
 		rng := rand.New(rand.NewPCG(0, 0))

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/secondmmu/gvm/internal/gvmtest"
 )
 
 // stalls has the stalls of a domain sent to a channel.
@@ -20,7 +22,7 @@ func receive(t *testing.T, c <-chan Stall) (s Stall) {
 	t.Helper()
 	select {
 	case s = <-c:
-	case <-time.After(limit):
+	case <-time.After(gvmtest.Limit):
 		t.Error("a stall is not reported")
 	}
 	return s
@@ -46,7 +48,7 @@ func TestS21StallIsReportedOnce(t *testing.T) {
 		for range 2 {
 			used := b.d.idx.Load() & 1
 			first, second := lockInRank(b.d, r1, 1-used), r2.ReadLock()
-			done := background(func() { b.wait(b.d) })
+			done := gvmtest.Background(func() { b.wait(b.d) })
 			s := receive(t, reports)
 			want := Stall{Domain: b.d, Rank: int(rank(first)), Sections: 1}
 			if _, registered := r1.(*Reader); registered {
@@ -91,7 +93,7 @@ func TestS21NoStallIsReported(t *testing.T) {
 		eachReader(t, func(t *testing.T, b bed) {
 			reports := stalls(b.d, after)
 			idx := b.d.DownRead()
-			done := background(func() { b.wait(b.d) })
+			done := gvmtest.Background(func() { b.wait(b.d) })
 			awaitFlip(b.d, idx)
 			awaitWaiting(b.d, 2*time.Millisecond)
 			b.d.UpRead(idx)
@@ -134,7 +136,7 @@ func TestS21StallReportThatPanics(t *testing.T) {
 	eachReader(t, func(t *testing.T, b bed) {
 		b.d.OnStall(time.Millisecond, func(Stall) { panic("stalled") })
 		idx := b.d.DownRead()
-		if got := panics(func() { b.wait(b.d) }); got != "stalled" {
+		if got := gvmtest.Panics(func() { b.wait(b.d) }); got != "stalled" {
 			t.Errorf("Synchronize panics with %q, want the report's panic", got)
 		}
 		b.d.OnStall(0, nil)
@@ -156,7 +158,7 @@ func TestStallIsLogged(t *testing.T) {
 	var d Domain
 	d.OnStall(time.Millisecond, nil)
 	idx := d.DownRead()
-	done := background(d.Synchronize)
+	done := gvmtest.Background(d.Synchronize)
 	awaitFlip(&d, idx)
 	awaitWaiting(&d, 10*time.Millisecond)
 	d.UpRead(idx)

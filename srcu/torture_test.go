@@ -11,6 +11,8 @@ import (
 	"testing"
 	"text/tabwriter"
 	"time"
+
+	"github.com/secondmmu/gvm/internal/gvmtest"
 )
 
 // An object is what readers reach. The garbage collector would keep what they
@@ -199,7 +201,7 @@ func TestTorture(t *testing.T) {
 	case testing.Short():
 		total /= 4
 	}
-	seed := newSeed(t)
+	seed := gvmtest.Seed(t)
 	for _, fl := range flavours {
 		if fl.handle {
 			continue // every domain has readers of that kind
@@ -271,7 +273,7 @@ func runTorture(t *testing.T, d *Domain, length time.Duration, seed uint64) {
 
 	start := time.Now()
 	time.Sleep(length)
-	seen := eventually(ty.complete)
+	seen := gvmtest.Eventually(ty.complete)
 	lasted := time.Since(start).Round(time.Millisecond)
 	done.Store(true)
 	updaters.Wait() // while there are readers, and some of them asleep
@@ -534,7 +536,7 @@ func (l litmus) run(b bed, runs uint64, length time.Duration) (seen [2][2]uint64
 			_      [ShardSize]byte
 		}
 	)
-	done := background(func() {
+	done := gvmtest.Background(func() {
 		r, closeReader := b.newReader()
 		defer closeReader()
 		for run := uint64(1); ; run++ {

@@ -1,5 +1,6 @@
-// Package gvmtest is what gvm's tests share: skips that can be forbidden, and a
-// TestMain that fails when a test leaves something behind.
+// Package gvmtest is what gvm's tests share: skips that can be forbidden, a TestMain
+// that fails when a test leaves something behind, defects that checks have to notice,
+// random tests that can be repeated, and waiting.
 //
 // A skip is a claim that the machine lacks something. GVM_REQUIRE, a list of
 // [Feature] names separated by commas, says what the machine does have; a test
