@@ -1,7 +1,8 @@
 // Package kvm is the KVM API of Linux on x86-64 as Go types: one type for each
 // kind of descriptor, one method for each request, and exits as decoded values.
 // It holds no policy: nothing is probed, defaulted or kept in step on the
-// caller's behalf.
+// caller's behalf. What it does see to is that the kernel writes to no memory but
+// what it was given.
 //
 // A [System] is /dev/kvm. It makes a [VM], which is memory slots and interrupt
 // controllers; that makes a [VCPU], which runs the guest until it has something
@@ -31,8 +32,21 @@
 // of a VCPU belong to one goroutine at a time, which is locked to its thread
 // ([runtime.LockOSThread]): KVM binds a vCPU's state to the thread that uses it,
 // and a signal that is to interrupt [VCPU.Run] is sent to a thread. The
-// exceptions are [VCPU.SetImmediateExit] and [VCPU.Close], which may be called
-// from anywhere at any time.
+// exceptions are [VCPU.SetImmediateExit], [VCPU.DirtyRing] and [VCPU.Close], which
+// may be called from anywhere at any time. A [DirtyRing] belongs to one goroutine
+// at a time, and to no thread.
+//
+// # Dirty logging
+//
+// KVM logs the pages that a guest writes in slots that have MemLogDirtyPages, in
+// one of three ways, which are chosen for a VM as a whole:
+//
+//	classic    GetDirtyLog                            takes and clears a slot's bitmap
+//	manual     GetDirtyLog, ClearDirtyLog             read, and clear in parts
+//	rings      DirtyRing.Harvest, ResetDirtyRings     page by page, for each vCPU
+//
+// Each has an order of calls that loses no write, to which its methods hold their
+// callers: the pages are copied last. See [VM.GetDirtyLog] and [DirtyRing].
 //
 // # Errors
 //

@@ -16,7 +16,7 @@ import (
 //	rest    references: calls under way
 //
 // Whoever takes state to zero, and so finds the descriptor closed and unused,
-// destroys it. That is the only time at which raw and mem change hands:
+// destroys it. That is the only time at which raw, mem and ring change hands:
 //
 //	call                     close
 //	acquire: +ref if open
@@ -31,6 +31,7 @@ type fd struct {
 	state atomic.Uint64
 	raw   int
 	mem   []byte // mapping of the descriptor that goes with it; nil if none
+	ring  []byte // another: of a vCPU that has mapped its dirty ring, set once by a call
 }
 
 const (
@@ -80,14 +81,17 @@ func (f *fd) close() error {
 }
 
 func (f *fd) destroy() error {
-	if f.mem != nil {
-		if err := unix.Munmap(f.mem); err != nil {
-			unix.Close(f.raw)
-			return &Error{Op: "munmap", Errno: errnoOf(err)}
+	var first error
+	note := func(op string, err error) {
+		if err != nil && first == nil {
+			first = &Error{Op: op, Errno: errnoOf(err)}
 		}
 	}
-	if err := unix.Close(f.raw); err != nil {
-		return &Error{Op: "close", Errno: errnoOf(err)}
+	for _, mem := range [...][]byte{f.mem, f.ring} {
+		if mem != nil {
+			note("munmap", unix.Munmap(mem))
+		}
 	}
-	return nil
+	note("close", unix.Close(f.raw))
+	return first
 }

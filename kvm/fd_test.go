@@ -33,7 +33,13 @@ func wrappers(sys *System, vm *VM, c *VCPU, st *Stats) map[string]func() error {
 		"VM.CreatePIT2":         func() error { return vm.CreatePIT2(0) },
 		"VM.SetIRQLine":         func() error { return vm.SetIRQLine(0, true) },
 		"VM.CreateVCPU":         func() error { _, err := vm.CreateVCPU(0); return err },
+		"VM.GetDirtyLog":        func() error { return vm.GetDirtyLog(0, make([]uint64, 1)) },
+		"VM.ClearDirtyLog":      func() error { return vm.ClearDirtyLog(0, 0, 64, make([]uint64, 1)) },
+		"VM.EnableDirtyRing":    func() error { return vm.EnableDirtyRing(256) },
+		"VM.ResetDirtyRings":    func() error { _, err := vm.ResetDirtyRings(); return err },
 		"VM.Stats":              func() error { _, err := vm.Stats(); return err },
+
+		"VM.EnableManualDirtyLogProtect": func() error { return vm.EnableManualDirtyLogProtect(DirtyLogManualProtect) },
 
 		"VCPU.Run":           func() error { _, err := c.Run(); return err },
 		"VCPU.EnableCap":     func() error { return c.EnableCap(CapDisableQuirks2, 0) },
@@ -58,6 +64,7 @@ func wrappers(sys *System, vm *VM, c *VCPU, st *Stats) map[string]func() error {
 		"VCPU.SetVCPUEvents": func() error { return c.SetVCPUEvents(VCPUEvents{}) },
 		"VCPU.SetGuestDebug": func() error { return c.SetGuestDebug(GuestDebug{}) },
 		"VCPU.Translate":     func() error { _, err := c.Translate(0); return err },
+		"VCPU.DirtyRing":     func() error { _, err := c.DirtyRing(); return err },
 
 		"Stats.Read":    func() error { _, err := st.Read("exits"); return err },
 		"Stats.ReadAll": func() error { _, err := st.ReadAll(); return err },
@@ -84,6 +91,7 @@ func onDescriptor(t *testing.T, raw int) (*System, *VM, *VCPU, *Stats) {
 		t.Fatal(err)
 	}
 	sys, vm, c := new(System), &VM{runSize: size}, newVCPU(raw, mem)
+	c.ringSize = size
 	st := &Stats{index: map[string]int{"exits": 0}, descs: []StatDesc{{Name: "exits", Len: 1}}, dataLen: 8}
 	for _, f := range []*fd{&sys.fd, &vm.fd, &st.fd} {
 		f.init(raw, nil)

@@ -64,6 +64,7 @@ var (
 // VM requests.
 var (
 	reqCreateVCPU           = newCommand(0x41, "KVM_CREATE_VCPU")
+	reqGetDirtyLog          = iow[dirtyLog](0x42, "KVM_GET_DIRTY_LOG")
 	reqSetUserMemoryRegion  = iow[userspaceMemoryRegion](0x46, "KVM_SET_USER_MEMORY_REGION")
 	reqSetTSSAddr           = newCommand(0x47, "KVM_SET_TSS_ADDR")
 	reqSetIdentityMapAddr   = iow[uint64](0x48, "KVM_SET_IDENTITY_MAP_ADDR")
@@ -71,6 +72,8 @@ var (
 	reqCreateIRQChip        = newCommand(0x60, "KVM_CREATE_IRQCHIP")
 	reqIRQLine              = iow[irqLevel](0x61, "KVM_IRQ_LINE")
 	reqCreatePIT2           = iow[pitConfig](0x77, "KVM_CREATE_PIT2")
+	reqClearDirtyLog        = iowr[clearDirtyLog](0xc0, "KVM_CLEAR_DIRTY_LOG")
+	reqResetDirtyRings      = newCommand(0xc7, "KVM_RESET_DIRTY_RINGS")
 	reqCreateGuestMemfd     = iowr[createGuestMemfd](0xd4, "KVM_CREATE_GUEST_MEMFD")
 
 	// A vCPU has these too.

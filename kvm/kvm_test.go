@@ -64,6 +64,12 @@ func newRAM(t testing.TB, n int) []byte {
 // locked to its thread.
 func newMachine(t testing.TB, code ...byte) *machine {
 	t.Helper()
+	return newMachineOn(t, newVM, code...)
+}
+
+// newMachineOn is newMachine on a VM that somebody else makes.
+func newMachineOn(t testing.TB, newVM func(testing.TB) *VM, code ...byte) *machine {
+	t.Helper()
 	ram := newRAM(t, ramEnd)
 	copy(ram[codeAt:], code)
 	m := &machine{VM: newVM(t), ram: ram}
@@ -106,6 +112,12 @@ var tablesAt = []int{0x4000, 0x5000, 0x6000, 0x7000}
 func newUserMachine(t testing.TB, code ...byte) *machine {
 	t.Helper()
 	m := newMachine(t, code...)
+	m.enterUserMode(t)
+	return m
+}
+
+func (m *machine) enterUserMode(t testing.TB) {
+	t.Helper()
 	const present, user = 1, 7 // writable and for CPL 3 as well
 	for i, at := range tablesAt[1:] {
 		*word(m.ram, tablesAt[i]) = uint32(at) | user
@@ -134,7 +146,6 @@ func newUserMachine(t testing.TB, code ...byte) *machine {
 	if err := m.vcpu.SetRegs(Regs{Rip: codeAt, Rflags: 2 | iopl3}); err != nil {
 		t.Fatal(err)
 	}
-	return m
 }
 
 // run runs the guest past the signals of the Go runtime to its next exit.

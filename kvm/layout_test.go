@@ -104,6 +104,15 @@ var kernelStructs = []kernelStruct{
 	{goType: createGuestMemfd{}, cType: "struct kvm_create_guest_memfd", newer: true, size: 64, fields: []kernelField{
 		{"size", "size", 0}, {"flags", "flags", 8},
 	}},
+	{goType: dirtyLog{}, cType: "struct kvm_dirty_log", size: 16, fields: []kernelField{
+		{"slot", "slot", 0}, {"bitmap", "dirty_bitmap", 8},
+	}},
+	{goType: clearDirtyLog{}, cType: "struct kvm_clear_dirty_log", size: 24, fields: []kernelField{
+		{"slot", "slot", 0}, {"numPages", "num_pages", 4}, {"firstPage", "first_page", 8}, {"bitmap", "dirty_bitmap", 16},
+	}},
+	{goType: dirtyGfn{}, cType: "struct kvm_dirty_gfn", size: 16, fields: []kernelField{
+		{"flags", "flags", 0}, {"slot", "slot", 4}, {"offset", "offset", 8},
+	}},
 	{goType: irqLevel{}, cType: "struct kvm_irq_level", size: 8, fields: []kernelField{{"irq", "irq", 0}, {"level", "level", 4}}},
 	{goType: pitConfig{}, cType: "struct kvm_pit_config", size: 64, fields: []kernelField{{"flags", "flags", 0}}},
 	{goType: statsHeader{}, cType: "struct kvm_stats_header", size: 24, fields: []kernelField{
@@ -161,6 +170,7 @@ var kernelRequests = map[string]struct{ got, want uintptr }{
 	reqGetSupportedCPUID.name:      {reqGetSupportedCPUID.nr, 0xc008ae05},
 	reqGetMSRFeatureIndexList.name: {reqGetMSRFeatureIndexList.nr, 0xc004ae0a},
 	reqCreateVCPU.name:             {reqCreateVCPU.nr, 0xae41},
+	reqGetDirtyLog.name:            {reqGetDirtyLog.nr, 0x4010ae42},
 	reqSetUserMemoryRegion.name:    {reqSetUserMemoryRegion.nr, 0x4020ae46},
 	reqSetTSSAddr.name:             {reqSetTSSAddr.nr, 0xae47},
 	reqSetIdentityMapAddr.name:     {reqSetIdentityMapAddr.nr, 0x4008ae48},
@@ -168,6 +178,8 @@ var kernelRequests = map[string]struct{ got, want uintptr }{
 	reqCreateIRQChip.name:          {reqCreateIRQChip.nr, 0xae60},
 	reqIRQLine.name:                {reqIRQLine.nr, 0x4008ae61},
 	reqCreatePIT2.name:             {reqCreatePIT2.nr, 0x4040ae77},
+	reqClearDirtyLog.name:          {reqClearDirtyLog.nr, 0xc018aec0},
+	reqResetDirtyRings.name:        {reqResetDirtyRings.nr, 0xaec7},
 	reqCreateGuestMemfd.name:       {reqCreateGuestMemfd.nr, 0xc040aed4},
 	reqEnableCap.name:              {reqEnableCap.nr, 0x4068aea3},
 	reqGetStatsFD.name:             {reqGetStatsFD.nr, 0xaece},
@@ -204,6 +216,12 @@ var kernelConsts = map[string]uint64{
 
 	"GUEST_MEMFD_FLAG_MMAP":        uint64(GuestMemfdMmap),
 	"GUEST_MEMFD_FLAG_INIT_SHARED": uint64(GuestMemfdInitShared),
+
+	"KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE": uint64(DirtyLogManualProtect),
+	"KVM_DIRTY_LOG_INITIALLY_SET":         uint64(DirtyLogInitiallySet),
+	"KVM_DIRTY_LOG_PAGE_OFFSET":           dirtyLogPageOffset,
+	"KVM_DIRTY_GFN_F_DIRTY":               gfnDirty,
+	"KVM_DIRTY_GFN_F_RESET":               gfnReset,
 
 	"KVM_MP_STATE_RUNNABLE":      uint64(MPStateRunnable),
 	"KVM_MP_STATE_UNINITIALIZED": uint64(MPStateUninitialized),

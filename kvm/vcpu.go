@@ -2,6 +2,7 @@ package kvm
 
 import (
 	"fmt"
+	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -12,6 +13,10 @@ import (
 // VCPU is a virtual CPU. For which goroutines may use it see the package comment.
 type VCPU struct {
 	fd fd // its mem is the run area, which the kernel shares
+
+	ringSize uint32     // bytes of the dirty ring, 0 if the VM has none; immutable once the vCPU is known
+	ringMu   sync.Mutex // protects ring, and its mapping from being made twice
+	ring     *DirtyRing // nil until it was asked for
 
 	// The rest belongs to the goroutine that is in Run.
 

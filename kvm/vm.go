@@ -5,6 +5,8 @@ import (
 	"os"
 	"runtime"
 	"strings"
+	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -13,8 +15,15 @@ import (
 
 // VM is a virtual machine: memory slots, interrupt controllers and vCPUs.
 type VM struct {
-	fd      fd
-	runSize int // bytes of a vCPU's run area; immutable
+	fd       fd
+	runSize  int           // bytes of a vCPU's run area; immutable
+	ringSize atomic.Uint32 // bytes of a vCPU's dirty ring; 0 until there are rings
+
+	// npages is the length of each slot. Protected by slotsMu, which is held across
+	// the requests that change slots and, for reading, across the one that has KVM
+	// write as much as a slot is long: the slot cannot grow after the look at it.
+	slotsMu sync.RWMutex
+	npages  map[uint32]uint64
 }
 
 // Close closes the VM's descriptor. The kernel keeps the VM, and uses its
@@ -57,27 +66,26 @@ const (
 )
 
 func (f MemFlags) String() string {
+	return flagString(uint64(f), "KVM_MEM_LOG_DIRTY_PAGES", "KVM_MEM_READONLY", "KVM_MEM_GUEST_MEMFD")
+}
+
+// flagString returns the names of the flags in f, of which names has those of the
+// lowest bits.
+func flagString(f uint64, names ...string) string {
 	if f == 0 {
 		return "0"
 	}
-	var names []string
-	for _, flag := range []struct {
-		bit  MemFlags
-		name string
-	}{
-		{MemLogDirtyPages, "KVM_MEM_LOG_DIRTY_PAGES"},
-		{MemReadonly, "KVM_MEM_READONLY"},
-		{MemGuestMemfd, "KVM_MEM_GUEST_MEMFD"},
-	} {
-		if f&flag.bit != 0 {
-			names = append(names, flag.name)
-			f &^= flag.bit
+	var list []string
+	for i, name := range names {
+		if f&(1<<i) != 0 {
+			list = append(list, name)
+			f &^= 1 << i
 		}
 	}
 	if f != 0 {
-		names = append(names, fmt.Sprintf("0x%x", uint32(f)))
+		list = append(list, fmt.Sprintf("0x%x", f))
 	}
-	return strings.Join(names, "|")
+	return strings.Join(list, "|")
 }
 
 // MemoryRegion is a memory slot: the guest frames in [GPA, GPA+Size) are the
@@ -117,10 +125,27 @@ func (vm *VM) SetMemoryRegion(r MemoryRegion) error {
 		memorySize:    r.Size,
 		userspaceAddr: r.HVA,
 	}
+	vm.slotsMu.Lock()
+	defer vm.slotsMu.Unlock()
 	if _, err := ioctl(&vm.fd, reqSetUserMemoryRegion, &arg); err != nil {
 		return about(err, r.String())
 	}
+	vm.noteSlotLocked(r)
 	return nil
+}
+
+// noteSlotLocked keeps the length of a slot that was set.
+//
+// Preconditions: vm.slotsMu is held for writing.
+func (vm *VM) noteSlotLocked(r MemoryRegion) {
+	if r.Size == 0 {
+		delete(vm.npages, r.Slot)
+		return
+	}
+	if vm.npages == nil {
+		vm.npages = make(map[uint32]uint64)
+	}
+	vm.npages[r.Slot] = r.Size >> addr.PageShift
 }
 
 // MemoryRegion2 is a memory slot whose private memory, if Flags has
@@ -155,11 +180,14 @@ func (vm *VM) SetMemoryRegion2(r MemoryRegion2) error {
 	if r.GuestMemfd != nil {
 		arg.guestMemfd = uint32(r.GuestMemfd.Fd())
 	}
+	vm.slotsMu.Lock()
+	defer vm.slotsMu.Unlock()
 	_, err := ioctl(&vm.fd, reqSetUserMemoryRegion2, &arg)
 	runtime.KeepAlive(r.GuestMemfd)
 	if err != nil {
 		return about(err, r.String())
 	}
+	vm.noteSlotLocked(r.MemoryRegion)
 	return nil
 }
 
@@ -259,7 +287,9 @@ func (vm *VM) CreateVCPU(id int) (*VCPU, error) {
 		unix.Close(raw)
 		return nil, &Error{Op: "mmap", Detail: "run area of " + detail, Errno: errnoOf(err)}
 	}
-	return newVCPU(raw, mem), nil
+	c := newVCPU(raw, mem)
+	c.ringSize = vm.ringSize.Load()
+	return c, nil
 }
 
 // Stats opens the statistics of the VM, which needs CapBinaryStatsFD. They may
