@@ -26,7 +26,7 @@ var rooms = []struct{ name, imports string }{
 	{"cmd/gvm", "demo doctor vm mm guests addr github.com/urfave/cli/v2 golang.org/x/sys/unix"},
 	{"demo", "vm mm guests trace addr"},
 	{"doctor", "vm mm kvm guests internal/uffd internal/pagemap internal/tracefs internal/perf addr golang.org/x/sys/unix"},
-	{"vm", "shadow mm kvm guests trace internal/lockorder addr golang.org/x/sys/unix golang.org/x/arch/x86/x86asm"},
+	{"vm", "shadow mm dirty kvm guests trace internal/lockorder addr golang.org/x/sys/unix golang.org/x/arch/x86/x86asm"},
 	{"guests", "addr"},
 	{"shadow", "notifier dirty srcu trace internal/hostmem internal/interval internal/lockorder addr"},
 	{"hmm", "notifier srcu internal/lockorder addr"},

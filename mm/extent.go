@@ -15,17 +15,19 @@ import (
 type Change struct {
 	Op    Op            `json:"op"`
 	Range addr.HVARange `json:"range"`
-	To    addr.HVA      `json:"to,omitempty"` // for a remap: where Range.Start went
+	To    addr.HVA      `json:"to,omitempty"` // for a remap of either kind: where Range.Start went
 	Seq   uint64        `json:"seq"`          // position among all changes of the memory, from 1
 	Time  time.Time     `json:"time"`
 }
 
 func (c Change) String() string {
-	if c.Op == OpRemap {
+	if c.moves() {
 		return fmt.Sprintf("change %d, %s of %v to %v", c.Seq, c.Op, c.Range, c.To)
 	}
 	return fmt.Sprintf("change %d, %s of %v", c.Seq, c.Op, c.Range)
 }
+
+func (c Change) moves() bool { return c.Op == OpRemap || c.Op == OpRemapKeep }
 
 // Extent is a run of addresses of one kind.
 type Extent struct {
@@ -34,8 +36,24 @@ type Extent struct {
 	Access addr.Access // NoAccess where nothing is mapped
 	Why    *Change     // what took permissions away; nil where all are there, or none ever were
 
-	file   *os.File // what is mapped at Range.Start, or nil for anonymous memory
-	offset int64    // and at which offset, in bytes; 0 for anonymous memory
+	object  *object // what is mapped at Range.Start, or nil for private anonymous memory
+	offset  int64   // and at which offset, in bytes; 0 without an object
+	private bool    // a store makes a copy of the object's page, which only this mapping shows
+
+	// Access and Why follow from these; see settled.
+	access addr.Access // what the mapping allows by itself
+	since  *Change     // what took permissions from it, or nil
+	guard  *Change     // what put guards into all of its pages, or nil
+	ended  *Change     // what ended the file before Range.Start, or nil
+}
+
+// object is memory that there is apart from its mappings: more than one may show it.
+type object struct {
+	file *os.File // nil for shared anonymous memory, whose file has no descriptor
+
+	// What follows is protected by the mapping lock.
+	size  int64   // in bytes; nothing backs a mapping from there on
+	ended *Change // the newest that made it smaller, or nil
 }
 
 func (x Extent) String() string {
@@ -49,11 +67,23 @@ func (x Extent) String() string {
 	return s
 }
 
+// settled returns x with the Access and Why that its mapping, guards and the end of
+// its file leave it, of which the kernel asks in the opposite order.
+func (x Extent) settled() Extent {
+	x.Access, x.Why = x.access, x.since
+	for _, none := range []*Change{x.ended, x.guard} {
+		if none != nil {
+			x.Access, x.Why = addr.NoAccess, none
+		}
+	}
+	return x
+}
+
 // cut returns the part of x that lies in r.
 func (x Extent) cut(r addr.HVARange) Extent {
 	was := x.Range.Start
 	x.Range = x.Range.Intersect(r)
-	if x.file != nil {
+	if x.object != nil {
 		x.offset += int64(x.Range.Start - was)
 	}
 	return x
@@ -62,7 +92,8 @@ func (x Extent) cut(r addr.HVARange) Extent {
 // continues reports whether y goes on where x ends, as one extent.
 func (x Extent) continues(y Extent) bool {
 	return x.Range.End == y.Range.Start && x.Mapped == y.Mapped && x.Access == y.Access && x.Why == y.Why &&
-		x.file == y.file && (x.file == nil || x.offset+int64(x.Range.Bytes()) == y.offset)
+		x.object == y.object && x.private == y.private && (x.object == nil || x.offset+int64(x.Range.Bytes()) == y.offset) &&
+		x.access == y.access && x.since == y.since && x.guard == y.guard && x.ended == y.ended
 }
 
 // extents is a set of extents that do not overlap, in the order of their
@@ -173,7 +204,7 @@ func (h *history) add(c Change) *Change {
 func (h *history) last(r addr.HVARange) (Change, bool) {
 	for seq := h.n; seq > 0 && seq+historyLen > h.n; seq-- {
 		c := h.ring[(seq-1)%historyLen]
-		if c.Range.Overlaps(r) || c.Op == OpRemap && addr.HVAs(c.To, c.Range.Bytes()).Overlaps(r) {
+		if c.Range.Overlaps(r) || c.moves() && addr.HVAs(c.To, c.Range.Bytes()).Overlaps(r) {
 			return c, true
 		}
 	}

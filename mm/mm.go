@@ -43,19 +43,25 @@ import (
 type Backing uint8
 
 const (
-	Anonymous Backing = iota // private and anonymous: a discarded page reads zero
-	Memfd                    // a shared mapping of a memory file: a discarded page comes back as it was, a punched one reads zero
+	Anonymous       Backing = iota // private and anonymous: a discarded page reads zero
+	Memfd                          // a shared mapping of a memory file: a discarded page comes back as it was, a punched one reads zero
+	SharedAnonymous                // shared and anonymous: as Memfd, but what is unmapped is lost, and holes are made by Remove
+	MemfdPrivate                   // a private mapping of a memory file: a page that was stored to is a copy, and the file's again once discarded
 )
 
+var backings = [...]string{
+	Anonymous: "anonymous", Memfd: "memfd", SharedAnonymous: "shared-anonymous", MemfdPrivate: "memfd-private",
+}
+
 func (b Backing) String() string {
-	switch b {
-	case Anonymous:
-		return "anonymous"
-	case Memfd:
-		return "memfd"
+	if int(b) < len(backings) {
+		return backings[b]
 	}
 	return fmt.Sprintf("backing(%d)", uint8(b))
 }
+
+// hasFile reports whether regions of that backing have a memory file.
+func (b Backing) hasFile() bool { return b == Memfd || b == MemfdPrivate }
 
 // ErrPinned is returned for an operation on a pinned region.
 var ErrPinned = errors.New("the region is pinned: its mappings do not change")
@@ -81,7 +87,7 @@ type Region struct {
 	RegionConfig
 	Range addr.HVARange // Range.Start is aligned to addr.HugeSize
 
-	file     *os.File      // the memory file, or nil
+	object   *object       // the memory file, or nil
 	reserved addr.HVARange // what was taken from the process's address space: Range and padding behind it
 }
 
@@ -166,20 +172,25 @@ func (m *Memory) NewRegion(c RegionConfig) (*Region, error) {
 	if m.closed {
 		return fail(os.ErrClosed)
 	}
+	if int(c.Backing) >= len(backings) {
+		return fail(fmt.Errorf("there is no such backing: %w", unix.EINVAL))
+	}
 	r := &Region{RegionConfig: c}
 	var err error
 	if r.reserved, err = reserve(padded); err != nil {
 		return fail(err)
 	}
 	r.Range = addr.HVAs(r.reserved.Start, c.Size)
-	if c.Backing == Memfd {
-		if r.file, err = memoryFile("gvm-"+c.Name, c.Size); err != nil {
+	if c.Backing.hasFile() {
+		file, err := memoryFile("gvm-"+c.Name, c.Size)
+		if err != nil {
 			return fail(errors.Join(err, munmap(r.reserved)))
 		}
+		r.object = &object{file: file, size: int64(c.Size)}
 	}
 	x := Extent{Range: r.Range}
 	if !c.Reserved {
-		x = r.mapped(r.Range)
+		x = r.mapping(r.Range)
 		if err := mapFixed(x); err != nil {
 			return fail(errors.Join(err, r.free()))
 		}
@@ -189,20 +200,47 @@ func (m *Memory) NewRegion(c RegionConfig) (*Region, error) {
 	return r, nil
 }
 
-// mapped is what the part s of the region is when it is mapped as at first.
-func (r *Region) mapped(s addr.HVARange) Extent {
-	x := Extent{Range: s, Mapped: true, Access: addr.ReadWrite, file: r.file}
-	if r.file != nil {
-		x.offset = int64(s.Start - r.Range.Start)
+// File returns the memory file of the region, or nil if it has none. It belongs to the
+// region, which closes it. Who writes to it changes what mappings of it show, but for
+// pages that a private one has copies of, and nobody is told; who changes its size other
+// than by Truncate takes memory away behind the back of the guest.
+func (r *Region) File() *os.File {
+	if r.object == nil {
+		return nil
 	}
-	return x
+	return r.object.file
+}
+
+// mapping is what the part s of the region is when it is mapped as at first, if the
+// memory file is as long as it was.
+func (r *Region) mapping(s addr.HVARange) Extent {
+	x := Extent{Range: s, Mapped: true, access: addr.ReadWrite}
+	switch {
+	case r.Backing.hasFile():
+		x.object, x.offset, x.private = r.object, int64(s.Start-r.Range.Start), r.Backing == MemfdPrivate
+	case r.Backing == SharedAnonymous:
+		x.object = &object{size: int64(s.Bytes())}
+	}
+	return x.settled()
+}
+
+// backed is x in two parts, before and after the end of its file. Either may be empty.
+func (x Extent) backed() [2]Extent {
+	o := x.object
+	if o == nil {
+		return [2]Extent{0: x}
+	}
+	end := x.Range.Start + addr.HVA(min(max(o.size-x.offset, 0), int64(x.Range.Bytes())))
+	rest := x.cut(addr.HVARange{Start: end, End: x.Range.End})
+	rest.ended = o.ended
+	return [2]Extent{x.cut(addr.HVARange{Start: x.Range.Start, End: end}), rest.settled()}
 }
 
 // free gives the region's addresses and its file back.
 func (r *Region) free() error {
 	err := munmap(r.reserved)
-	if r.file != nil {
-		err = errors.Join(err, r.file.Close())
+	if r.object != nil {
+		err = errors.Join(err, r.object.file.Close())
 	}
 	return err
 }

@@ -517,7 +517,7 @@ func FuzzExtents(f *testing.F) {
 			offset int64
 		}
 		const n = 32
-		file := new(os.File)
+		mapped := new(object)
 		var s extents
 		s.set(Extent{Range: addr.HVAs(0, n*addr.PageSize)})
 		var model [n]kind
@@ -525,7 +525,7 @@ func FuzzExtents(f *testing.F) {
 			first, count := int64(prog[0]%n), int64(prog[1]%n)+1
 			count = min(count, n-first)
 			k := kind{mapped: prog[2]&1 != 0, access: addr.Access(prog[2] >> 1 & 3), offset: int64(prog[2]>>3) * addr.PageSize}
-			x := Extent{Range: addr.HVAs(addr.HVA(first*addr.PageSize), uint64(count*addr.PageSize)), Mapped: k.mapped, Access: k.access, file: file, offset: k.offset}
+			x := Extent{Range: addr.HVAs(addr.HVA(first*addr.PageSize), uint64(count*addr.PageSize)), Mapped: k.mapped, Access: k.access, object: mapped, offset: k.offset}
 			s.set(x)
 			for i := range count {
 				model[first+i] = k

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -24,6 +25,18 @@ const (
 	OpDiscard Op = "discard" // madvise(2) MADV_DONTNEED
 	OpPunch   Op = "punch"   // fallocate(2) FALLOC_FL_PUNCH_HOLE
 	OpRemap   Op = "remap"   // mremap(2) to another address
+
+	OpRemapKeep   Op = "remap-keep"  // mremap(2) MREMAP_DONTUNMAP
+	OpFree        Op = "free"        // madvise(2) MADV_FREE
+	OpRemove      Op = "remove"      // MADV_REMOVE
+	OpPopulate    Op = "populate"    // MADV_POPULATE_READ or MADV_POPULATE_WRITE
+	OpPageOut     Op = "pageout"     // MADV_PAGEOUT
+	OpCollapse    Op = "collapse"    // MADV_COLLAPSE
+	OpMergeable   Op = "mergeable"   // MADV_MERGEABLE
+	OpUnmergeable Op = "unmergeable" // MADV_UNMERGEABLE
+	OpGuard       Op = "guard"       // MADV_GUARD_INSTALL
+	OpUnguard     Op = "unguard"     // MADV_GUARD_REMOVE
+	OpTruncate    Op = "truncate"    // ftruncate(2)
 )
 
 // Error is an operation that was not carried out, or in which something went
@@ -45,7 +58,8 @@ func (e *Error) Error() string {
 func (e *Error) Unwrap() error { return e.Err }
 
 // Unmap takes the memory of r away, as munmap(2) does, and keeps the addresses
-// reserved. Content of anonymous memory is lost. Where nothing is mapped it
+// reserved. Content of anonymous memory, and the copies
+// that a private mapping has, are lost. Where nothing is mapped it
 // does nothing.
 //
 // Like all operations it blocks until subscribers were told of the change, before
@@ -55,7 +69,7 @@ func (e *Error) Unwrap() error { return e.Err }
 func (m *Memory) Unmap(r addr.HVARange) error {
 	return m.change(operation{
 		op: OpUnmap, r: r,
-		brackets: one(notifier.Invalidation{Range: r, Event: notifier.Unmap, After: addr.NoAccess}),
+		brackets: one(notifier.Invalidation{Range: r, Event: notifier.Unmap, After: addr.NoAccess, Content: notifier.Gone}),
 		do:       func(*Region) error { return reserveFixed(r) },
 		becomes:  func(c *Change, _ *Region) []Extent { return []Extent{{Range: r, Why: c}} },
 	})
@@ -63,72 +77,96 @@ func (m *Memory) Unmap(r addr.HVARange) error {
 
 // Map maps r as its region was mapped at first, readable and writable, in place
 // of whatever is there, as mmap(2) does with MAP_FIXED: anonymous memory reads
-// zero, a memory file shows its content at the offset that belongs to r.
+// zero, also if it is shared; a memory file shows its content at the offset that
+// belongs to r, and nothing can be used past its end.
 func (m *Memory) Map(r addr.HVARange) error {
+	var x Extent
 	return m.change(operation{
 		op: OpMap, r: r,
-		brackets: func() []notifier.Invalidation { return []notifier.Invalidation{m.replaced(r)} },
-		do:       func(region *Region) error { return mapFixed(region.mapped(r)) },
-		becomes:  func(_ *Change, region *Region) []Extent { return []Extent{region.mapped(r)} },
-	})
-}
-
-// Protect changes the permissions of r, as mprotect(2) does. All of r is mapped.
-func (m *Memory) Protect(r addr.HVARange, access addr.Access) error {
-	return m.change(operation{
-		op: OpProtect, r: r,
-		brackets: one(notifier.Invalidation{Range: r, Event: notifier.Protect, After: access}),
-		check:    func() error { return m.mapped(r) },
-		do:       func(*Region) error { return mprotect(r, access) },
-		becomes: func(c *Change, _ *Region) (xs []Extent) {
-			for x := range m.extents.in(r) {
-				x.Access, x.Why = access, c
-				if access == addr.ReadWrite {
-					x.Why = nil
+		brackets: func() (invs []notifier.Invalidation) {
+			x = m.region(r).mapping(r)
+			for _, y := range x.backed() {
+				if !y.Range.Empty() {
+					inv := m.replaced(y.Range)
+					inv.After, inv.Content = y.Access, y.fresh()
+					invs = append(invs, inv)
 				}
-				xs = append(xs, x)
+			}
+			return invs
+		},
+		do: func(*Region) error { return mapFixed(x) },
+		becomes: func(*Change, *Region) (xs []Extent) {
+			for _, y := range x.backed() {
+				if !y.Range.Empty() {
+					xs = append(xs, y)
+				}
 			}
 			return xs
 		},
 	})
 }
 
-// Discard drops the pages of r, as madvise(2) does with MADV_DONTNEED: the next
-// access reads zero from anonymous memory, and what the file has from a memory
-// file. All of r is mapped.
-func (m *Memory) Discard(r addr.HVARange) error {
+// fresh returns what is read through x when it has just been mapped.
+func (x Extent) fresh() notifier.Content {
+	switch {
+	case x.ended != nil:
+		return notifier.Gone
+	case x.object == nil || x.object.file == nil:
+		return notifier.Zeroed
+	}
+	return notifier.Changed
+}
+
+// Protect changes the permissions of r, as mprotect(2) does. All of r is mapped. What is
+// guarded, or past the end of its file, stays without access, and has the permissions
+// once it is neither.
+func (m *Memory) Protect(r addr.HVARange, access addr.Access) error {
 	return m.change(operation{
-		op: OpDiscard, r: r,
-		brackets: one(notifier.Invalidation{Range: r, Event: notifier.Clear, After: addr.ReadWrite}),
+		op: OpProtect, r: r,
+		brackets: one(notifier.Invalidation{Range: r, Event: notifier.Protect, After: access, Content: notifier.Kept}),
 		check:    func() error { return m.mapped(r) },
-		do:       func(*Region) error { return madvise(r, unix.MADV_DONTNEED) },
+		do:       func(*Region) error { return mprotect(r, access) },
+		becomes: func(c *Change, _ *Region) []Extent {
+			if access == addr.ReadWrite {
+				c = nil
+			}
+			return m.extentsWith(r, func(x *Extent) { x.access, x.since = access, c })
+		},
 	})
 }
 
+// extentsWith returns the extents of r after set was called for each.
+func (m *Memory) extentsWith(r addr.HVARange, set func(*Extent)) (xs []Extent) {
+	for x := range m.extents.in(r) {
+		set(&x)
+		xs = append(xs, x.settled())
+	}
+	return xs
+}
+
 // Punch frees the part of the memory file that is mapped at r, as fallocate(2)
-// does with FALLOC_FL_PUNCH_HOLE; every mapping of it reads zero then. All of r
-// is mapped from a file.
+// does with FALLOC_FL_PUNCH_HOLE. Every shared mapping of it reads zero then; of a
+// private one, a page that was stored to is as it was. All of r is mapped from a
+// file.
 func (m *Memory) Punch(r addr.HVARange) error {
 	return m.change(operation{
 		op: OpPunch, r: r,
-		brackets: func() (invs []notifier.Invalidation) {
-			for _, r := range m.aliases(r) {
-				invs = append(invs, notifier.Invalidation{Range: r, Event: notifier.Clear, After: addr.ReadWrite})
-			}
-			return invs
-		},
+		brackets: func() []notifier.Invalidation { return m.holes(r) },
 		check: func() error {
-			for x := range m.extents.in(r) {
-				if x.Mapped && x.file == nil {
+			return m.each(r, func(x Extent) error {
+				switch {
+				case x.object == nil:
 					return fmt.Errorf("%v is anonymous and has no file to punch; discard it instead: %w", x.Range, unix.EINVAL)
+				case x.object.file == nil:
+					return fmt.Errorf("%v is anonymous and has no file to punch; remove it instead: %w", x.Range, unix.EINVAL)
 				}
-			}
-			return m.mapped(r)
+				return nil
+			})
 		},
 		do: func(*Region) error {
 			for x := range m.extents.in(r) {
 				const mode = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
-				if err := unix.Fallocate(int(x.file.Fd()), mode, x.offset, int64(x.Range.Bytes())); err != nil {
+				if err := unix.Fallocate(int(x.object.file.Fd()), mode, x.offset, int64(x.Range.Bytes())); err != nil {
 					return fmt.Errorf("fallocate of %v: %w", x.Range, err)
 				}
 			}
@@ -141,27 +179,19 @@ func (m *Memory) Punch(r addr.HVARange) error {
 // mapped there goes away, and the addresses of from stay reserved. Whoever used
 // the memory through a slot follows it to its new address. The two ranges do
 // not overlap, and all of from is mapped, in one piece as far as the kernel is
-// concerned.
+// concerned. Moving a page in over another one is this too. Memory does not grow:
+// a region is as large as it was made.
 func (m *Memory) Remap(from addr.HVARange, to addr.HVA) error {
-	target := addr.HVAs(to, from.Bytes())
 	kept := false // the addresses of from could not be reserved
 	return m.change(operation{
 		op: OpRemap, r: from, to: to,
 		brackets: func() []notifier.Invalidation {
 			return []notifier.Invalidation{
-				m.replaced(target),
-				{Range: from, Event: notifier.Remap, After: addr.NoAccess, To: to},
+				m.replaced(addr.HVAs(to, from.Bytes())),
+				{Range: from, Event: notifier.Remap, After: addr.NoAccess, To: to, Content: notifier.Kept},
 			}
 		},
-		check: func() error {
-			switch region := m.region(target); {
-			case !target.Aligned() || from.Overlaps(target) || region == nil:
-				return fmt.Errorf("the target %v is not page aligned, overlaps, or is not in a region: %w", target, unix.EINVAL)
-			case region.Pinned:
-				return fmt.Errorf("the target %v: %w", target, ErrPinned)
-			}
-			return m.mapped(from)
-		},
+		check: func() error { return m.movable(from, to) },
 		do: func(*Region) error {
 			// The source keeps an empty mapping at first, so that there is no
 			// instant at which another thread's mmap could be given its addresses.
@@ -174,11 +204,8 @@ func (m *Memory) Remap(from addr.HVARange, to addr.HVA) error {
 			}
 			return nil
 		},
-		becomes: func(c *Change, _ *Region) (xs []Extent) {
-			for x := range m.extents.in(from) {
-				x.Range = addr.HVAs(to+(x.Range.Start-from.Start), x.Range.Bytes())
-				xs = append(xs, x)
-			}
+		becomes: func(c *Change, _ *Region) []Extent {
+			xs := m.moved(from, to)
 			if !kept {
 				xs = append(xs, Extent{Range: from, Why: c})
 			}
@@ -187,24 +214,93 @@ func (m *Memory) Remap(from addr.HVARange, to addr.HVA) error {
 	})
 }
 
-// aliases returns r, and every other range that shows the same pages of a file: a
-// Map of what a Remap has moved away makes one.
-func (m *Memory) aliases(r addr.HVARange) []addr.HVARange {
-	all := []addr.HVARange{r}
-	for x := range m.extents.in(r) {
-		for _, y := range m.extents {
-			if x.file == nil || y.file != x.file {
-				continue
+// RemapKeep moves the pages of from to the address to, as mremap(2) does with
+// MREMAP_DONTUNMAP: the mapping of from stays, without pages. It reads zero then if it is
+// private and anonymous, as the file does if it is a private mapping of one, and as
+// before if it is shared, when both show the same pages. Slots do not follow: a guest goes
+// on with what from is now. What is mapped at to goes away. The ranges are as for Remap,
+// and no page of from is guarded.
+func (m *Memory) RemapKeep(from addr.HVARange, to addr.HVA) error {
+	return m.change(operation{
+		op: OpRemapKeep, r: from, to: to,
+		brackets: func() []notifier.Invalidation {
+			return []notifier.Invalidation{
+				m.replaced(addr.HVAs(to, from.Bytes())),
+				{Range: from, Event: notifier.Clear, After: addr.ReadWrite, Content: m.content(from, dropped)},
 			}
-			first := max(x.offset, y.offset)
-			end := min(x.offset+int64(x.Range.Bytes()), y.offset+int64(y.Range.Bytes()))
-			alias := addr.HVARange{Start: y.Range.Start + addr.HVA(first-y.offset), End: y.Range.Start + addr.HVA(end-y.offset)}
-			if first < end && !r.Contains(alias) {
-				all = append(all, alias)
+		},
+		check: func() error {
+			if err := m.movable(from, to); err != nil {
+				return err
+			}
+			return m.each(from, func(x Extent) error {
+				if x.guard != nil {
+					return fmt.Errorf("%v, and guards would move; unguard it first: %w", x, unix.EINVAL)
+				}
+				return nil
+			})
+		},
+		do:      func(*Region) error { return mremapKeep(from, to) },
+		becomes: func(*Change, *Region) []Extent { return m.moved(from, to) },
+	})
+}
+
+// movable reports why the pages of from cannot move to the address to.
+func (m *Memory) movable(from addr.HVARange, to addr.HVA) error {
+	target := addr.HVAs(to, from.Bytes())
+	switch region := m.region(target); {
+	case !target.Aligned() || from.Overlaps(target) || region == nil:
+		return fmt.Errorf("the target %v is not page aligned, overlaps, or is not in a region: %w", target, unix.EINVAL)
+	case region.Pinned:
+		return fmt.Errorf("the target %v: %w", target, ErrPinned)
+	}
+	return m.mapped(from)
+}
+
+// moved returns the extents of from as they are at the address to.
+func (m *Memory) moved(from addr.HVARange, to addr.HVA) (xs []Extent) {
+	for x := range m.extents.in(from) {
+		x.Range = addr.HVAs(to+(x.Range.Start-from.Start), x.Range.Bytes())
+		xs = append(xs, x)
+	}
+	return xs
+}
+
+// showing returns the extents that show the bytes of o from first to end, cut to them.
+func (m *Memory) showing(o *object, first, end int64) (xs []Extent) {
+	for _, x := range m.extents {
+		if x.object != o {
+			continue
+		}
+		from, to := max(first, x.offset), min(end, x.offset+int64(x.Range.Bytes()))
+		if from < to {
+			xs = append(xs, x.cut(addr.HVARange{Start: x.Range.Start + addr.HVA(from-x.offset), End: x.Range.Start + addr.HVA(to-x.offset)}))
+		}
+	}
+	return xs
+}
+
+// holes is the brackets in which the pages of objects that r shows are freed: of r, and
+// of every other range that shows them. A Map of what a Remap has moved away makes one.
+func (m *Memory) holes(r addr.HVARange) []notifier.Invalidation {
+	punched := func(x Extent) notifier.Content {
+		if x.private {
+			return notifier.Changed
+		}
+		return notifier.Zeroed
+	}
+	clear := func(r addr.HVARange, c notifier.Content) notifier.Invalidation {
+		return notifier.Invalidation{Range: r, Event: notifier.Clear, After: addr.ReadWrite, Content: c}
+	}
+	invs := []notifier.Invalidation{clear(r, m.content(r, punched))}
+	for x := range m.extents.in(r) {
+		for _, y := range m.showing(x.object, x.offset, x.offset+int64(x.Range.Bytes())) {
+			if !r.Contains(y.Range) {
+				invs = append(invs, clear(y.Range, punched(y)))
 			}
 		}
 	}
-	return all
+	return invs
 }
 
 // replaced is the invalidation of a range in which something is about to be
@@ -220,11 +316,48 @@ func (m *Memory) replaced(r addr.HVARange) notifier.Invalidation {
 	return inv
 }
 
+// content returns what of says becomes of the content of the extents of r, or Changed
+// if it is not the same of all.
+func (m *Memory) content(r addr.HVARange, of func(Extent) notifier.Content) notifier.Content {
+	var all []notifier.Content
+	for x := range m.extents.in(r) {
+		all = append(all, of(x))
+	}
+	if all = slices.Compact(all); len(all) == 1 {
+		return all[0]
+	}
+	return notifier.Changed
+}
+
+// dropped returns what becomes of the content of x if its mapping loses its pages: an
+// object has its own still, which is not what a private mapping may have shown.
+func dropped(x Extent) notifier.Content {
+	switch {
+	case x.object == nil:
+		return notifier.Zeroed
+	case x.private:
+		return notifier.Changed
+	}
+	return notifier.Kept
+}
+
+func changed(Extent) notifier.Content { return notifier.Changed }
+func kept(Extent) notifier.Content    { return notifier.Kept }
+
 // mapped reports the first part of r that is not mapped, as the kernel would.
 func (m *Memory) mapped(r addr.HVARange) error {
+	return m.each(r, func(Extent) error { return nil })
+}
+
+// each returns why the first extent of r that is not mapped, or that refuse has an error
+// for, keeps an operation from being carried out.
+func (m *Memory) each(r addr.HVARange, refuse func(Extent) error) error {
 	for x := range m.extents.in(r) {
 		if !x.Mapped {
 			return fmt.Errorf("%v; map it first: %w", x, unix.ENOMEM)
+		}
+		if err := refuse(x); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -235,9 +368,9 @@ func (m *Memory) mapped(r addr.HVARange) error {
 type operation struct {
 	op       Op
 	r        addr.HVARange
-	to       addr.HVA                                 // for OpRemap
+	to       addr.HVA                                 // for OpRemap and OpRemapKeep
 	check    func() error                             // what else must hold; may be nil
-	brackets func() []notifier.Invalidation           // without Op; opened in this order
+	brackets func() []notifier.Invalidation           // without Op; opened in this order; nil: none
 	do       func(*Region) error                      // the system calls
 	becomes  func(c *Change, region *Region) []Extent // what is mapped afterwards; nil: as before
 }
@@ -250,16 +383,32 @@ func one(inv notifier.Invalidation) func() []notifier.Invalidation {
 func (m *Memory) change(o operation) error {
 	m.as.Lock()
 	defer m.as.Unlock()
-	fail := func(err error) error { return &Error{Op: o.op, Range: o.r, Err: err} }
-	region := m.region(o.r)
+	return m.changeLocked(o)
+}
+
+// usable returns the region that r lies in, or why no operation can be carried out there.
+// The caller holds the mapping lock.
+func (m *Memory) usable(r addr.HVARange) (*Region, error) {
+	region := m.region(r)
 	switch {
 	case m.closed:
-		return fail(os.ErrClosed)
-	case o.r.Empty() || !o.r.Aligned():
-		return fail(fmt.Errorf("the range is empty or not page aligned: %w", unix.EINVAL))
+		return nil, os.ErrClosed
+	case r.Empty() || !r.Aligned():
+		return nil, fmt.Errorf("the range is empty or not page aligned: %w", unix.EINVAL)
 	case region == nil:
-		return fail(fmt.Errorf("the range does not lie in one region of guest memory: %w", unix.EINVAL))
-	case region.Pinned:
+		return nil, fmt.Errorf("the range does not lie in one region of guest memory: %w", unix.EINVAL)
+	}
+	return region, nil
+}
+
+// changeLocked is change with the mapping lock held for writing.
+func (m *Memory) changeLocked(o operation) error {
+	fail := func(err error) error { return &Error{Op: o.op, Range: o.r, Err: err} }
+	region, err := m.usable(o.r)
+	if err != nil {
+		return fail(err)
+	}
+	if region.Pinned {
 		return fail(fmt.Errorf("%v: %w", region, ErrPinned))
 	}
 	if o.check != nil {
@@ -268,11 +417,14 @@ func (m *Memory) change(o operation) error {
 		}
 	}
 
-	id := m.log.NewOp()
-	m.log.Record(trace.Event{Kind: trace.HostOp, Op: id, Name: string(o.op), HVA: o.r})
+	id := m.begun(o.op, o.r)
 	m.reports.collect()
 	made := false
-	err := m.bracketed(id, o.brackets(), func() error {
+	var brackets []notifier.Invalidation
+	if o.brackets != nil {
+		brackets = o.brackets()
+	}
+	err = m.bracketed(id, brackets, func() error {
 		if err := o.do(region); err != nil {
 			return err
 		}
@@ -286,10 +438,22 @@ func (m *Memory) change(o operation) error {
 		return nil
 	})
 	err = errors.Join(err, m.reports.collected())
-	end := trace.Event{Kind: trace.HostOpEnd, Op: id, Name: string(o.op), HVA: o.r}
+	return m.ended(id, o.op, o.r, made, err)
+}
+
+// begun records the begin of an operation in the trace, and returns its number there.
+func (m *Memory) begun(op Op, r addr.HVARange) uint64 {
+	id := m.log.NewOp()
+	m.log.Record(trace.Event{Kind: trace.HostOp, Op: id, Name: string(op), HVA: r})
+	return id
+}
+
+// ended records the end of an operation in the trace, and returns its error.
+func (m *Memory) ended(id uint64, op Op, r addr.HVARange, made bool, err error) error {
+	end := trace.Event{Kind: trace.HostOpEnd, Op: id, Name: string(op), HVA: r}
 	if err != nil {
 		end.Err = err.Error()
-		err = &Error{Op: o.op, Range: o.r, Made: made, Err: err}
+		err = &Error{Op: op, Range: r, Made: made, Err: err}
 	}
 	m.log.Record(end)
 	return err

@@ -77,16 +77,17 @@ func (p *PageTables) Region(hva addr.HVA) (r addr.HVARange, access addr.Access, 
 // Of the memory nothing is known to the device of an owner, and pfn is always 0. The
 // caller holds the mapping lock; r lies in one region.
 //
-// A page that is present counts as writable if its region is, but for two kinds. The
-// zero page is replaced by a store. And a page that is write-protected for a
-// userfaultfd must be stored to by way of the CPU, or whoever protected it will not
-// know. No other page of the memory is shared: it is neither forked nor merged.
+// A page that is present counts as writable if its region is, but for three kinds. The
+// zero page is replaced by a store, and so is a page of a file in a private mapping. And
+// a page that is write-protected for a userfaultfd must be stored to by way of the CPU,
+// or whoever protected it will not know. One kind cannot be told: what the kernel has
+// merged (see Memory.Mergeable) counts as writable, and a store replaces it.
 func (p *PageTables) Walk(r addr.HVARange, _ any, fn func(run addr.HVARange, pfn addr.PFN, pte uint32) bool) error {
-	_, access, _ := p.Region(r.Start)
+	writable := p.writable(r.Start)
 	req := pagemap.Request{
 		Range:  r,
 		Any:    pagemap.Present | pagemap.Swapped,
-		Report: pagemap.Present | pagemap.Swapped | pagemap.PFNZero | pagemap.Huge | pagemap.Written,
+		Report: pagemap.Present | pagemap.Swapped | pagemap.PFNZero | pagemap.Huge | pagemap.Written | pagemap.File,
 	}
 	var found [32]pagemap.Region
 	for at := r.Start; at < r.End; {
@@ -96,7 +97,7 @@ func (p *PageTables) Walk(r addr.HVARange, _ any, fn func(run addr.HVARange, pfn
 			return err
 		}
 		for _, f := range found[:n] {
-			if at < f.Range.Start && !fn(addr.HVARange{Start: at, End: f.Range.Start}, 0, 0) || !fn(f.Range, 0, pteOf(f.Categories, access)) {
+			if at < f.Range.Start && !fn(addr.HVARange{Start: at, End: f.Range.Start}, 0, 0) || !fn(f.Range, 0, pteOf(f.Categories, writable(f.Categories))) {
 				return nil
 			}
 			at = f.Range.End
@@ -111,13 +112,29 @@ func (p *PageTables) Walk(r addr.HVARange, _ any, fn func(run addr.HVARange, pfn
 	return nil
 }
 
-// pteOf returns what an entry of these categories is in a region with that access.
-func pteOf(c pagemap.Categories, access addr.Access) (pte uint32) {
+// writable returns a function that reports whether a store in the region of hva reaches
+// a page of these categories.
+func (p *PageTables) writable(hva addr.HVA) func(pagemap.Categories) bool {
+	_, access, _ := p.Region(hva)
+	not := pagemap.PFNZero
+	for x := range p.m.extents.in(addr.HVAs(hva, 1)) {
+		if x.private {
+			not |= pagemap.File
+		}
+	}
+	return func(c pagemap.Categories) bool {
+		return access&addr.Write != 0 && c&not == 0 && c&pagemap.Written != 0
+	}
+}
+
+// pteOf returns what an entry of these categories is, if it is present, and writable
+// or not.
+func pteOf(c pagemap.Categories, writable bool) (pte uint32) {
 	if c&pagemap.Present == 0 {
 		return PTESwapped
 	}
 	pte = PTEPresent
-	if access&addr.Write != 0 && c&pagemap.PFNZero == 0 && c&pagemap.Written != 0 {
+	if writable {
 		pte |= PTEWritable
 	}
 	if c&pagemap.Huge != 0 {

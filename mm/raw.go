@@ -57,9 +57,16 @@ func reserveFixed(r addr.HVARange) error {
 
 // mapFixed maps what x says in the place of whatever is mapped there.
 func mapFixed(x Extent) error {
-	flags, fd := unix.MAP_FIXED|reservation, -1
-	if x.file != nil {
-		flags, fd = unix.MAP_FIXED|unix.MAP_SHARED|unix.MAP_NORESERVE, int(x.file.Fd())
+	flags, fd := unix.MAP_FIXED|unix.MAP_NORESERVE, -1
+	if x.object == nil || x.object.file == nil {
+		flags |= unix.MAP_ANONYMOUS
+	} else {
+		fd = int(x.object.file.Fd())
+	}
+	if x.object == nil || x.private {
+		flags |= unix.MAP_PRIVATE
+	} else {
+		flags |= unix.MAP_SHARED
 	}
 	_, err := mmap(x.Range, protOf(x.Access), flags, fd, x.offset)
 	return err

@@ -40,6 +40,27 @@ func (e Event) String() string {
 	return fmt.Sprintf("event(%d)", uint8(e))
 }
 
+// Content says what a change does to what is read through the mappings of its range.
+// A subscriber that keeps track of content takes one that it does not know as
+// Changed.
+type Content uint8
+
+const (
+	Changed Content = iota // it may be anything afterwards; who does not say otherwise says this
+	Kept                   // it is the same
+	Zeroed                 // it is zero
+	Gone                   // there is none: nothing is mapped
+)
+
+var contents = [...]string{Changed: "changed", Kept: "kept", Zeroed: "zeroed", Gone: "gone"}
+
+func (c Content) String() string {
+	if int(c) < len(contents) {
+		return contents[c]
+	}
+	return fmt.Sprintf("content(%d)", uint8(c))
+}
+
 // Invalidation describes one bracketed change. From the start to the end of its
 // bracket nothing of it changes but Failed, and it is not copied.
 type Invalidation struct {
@@ -50,11 +71,12 @@ type Invalidation struct {
 	// none, cannot wait for anybody who may wait for it.
 	NonBlockable bool
 
-	After  addr.Access // the most that the mappings of Range will allow once the change is done
-	To     addr.HVA    // for Remap: where the page at Range.Start goes
-	Owner  any         // for Migrate and Exclusive: whose device it is
-	Op     uint64      // the host operation, for the trace
-	Failed bool        // at the end: the change was not made
+	After   addr.Access // the most that the mappings of Range will allow once the change is done
+	Content Content     // what it does to what is read there; for Remap, to what is read at To
+	To      addr.HVA    // for Remap: where the page at Range.Start goes
+	Owner   any         // for Migrate and Exclusive: whose device it is
+	Op      uint64      // the host operation, for the trace
+	Failed  bool        // at the end: the change was not made
 
 	opened addr.HVARange // Range, while the bracket is open; otherwise empty
 }

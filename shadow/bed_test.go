@@ -5,11 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"iter"
-	"runtime"
 	"slices"
 	"sync"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -22,58 +20,6 @@ import (
 // check: a function that makes the schedule step by step, and returns an error if
 // the package breaks the invariant. The checks run on the package as it is, and in
 // TestMutants on one with a defect.
-
-const (
-	// limit is how long what has to happen soon may take.
-	limit = 20 * time.Second
-	// grace is how long what must not happen is given to happen all the same.
-	grace = time.Millisecond
-)
-
-// graceFor is grace for a check: one that has a defect to find has more.
-func graceFor(m mutant) time.Duration {
-	if m == sound {
-		return grace
-	}
-	return 100 * time.Millisecond
-}
-
-func isClosed(c <-chan struct{}) bool {
-	select {
-	case <-c:
-		return true
-	default:
-		return false
-	}
-}
-
-func closedWithin(c <-chan struct{}, d time.Duration) bool {
-	select {
-	case <-c:
-		return true
-	case <-time.After(d):
-		return false
-	}
-}
-
-// eventually waits for a condition that is about to come true.
-func eventually(cond func() bool) bool {
-	for deadline := time.Now().Add(limit); !cond(); runtime.Gosched() {
-		if time.Now().After(deadline) {
-			return false
-		}
-	}
-	return true
-}
-
-func background(f func()) <-chan struct{} {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		f()
-	}()
-	return done
-}
 
 // bedHost is mappings that change while they are looked up. That it lets nobody wait
 // for a change is the worst that a host can do: it is for the table to notice.

@@ -20,11 +20,12 @@ import (
 
 type noBackend struct{}
 
-func (noBackend) Hold()                             {}
-func (noBackend) Release()                          {}
-func (noBackend) CreateSlot(shadow.Slot) error      { return nil }
-func (noBackend) DeleteSlot(shadow.Slot) error      { return nil }
-func (noBackend) ChangeSlot(_, _ shadow.Slot) error { return nil }
+func (noBackend) Hold()                                {}
+func (noBackend) Release()                             {}
+func (noBackend) CreateSlot(shadow.Slot) error         { return nil }
+func (noBackend) DeleteSlot(shadow.Slot) error         { return nil }
+func (noBackend) ChangeSlot(_, _ shadow.Slot) error    { return nil }
+func (noBackend) DirtyLog(shadow.Slot, []uint64) error { return errors.ErrUnsupported }
 
 const (
 	words  = addr.PageSize / 8

@@ -10,6 +10,7 @@ import (
 	"syscall"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/dirty"
 	"github.com/secondmmu/gvm/internal/lockorder"
 	"github.com/secondmmu/gvm/trace"
 )
@@ -28,6 +29,12 @@ type Backend interface {
 	CreateSlot(Slot) error
 	DeleteSlot(Slot) error
 	ChangeSlot(from, to Slot) error
+
+	// DirtyLog sets, in bitmap, the bit of each page of a logged slot that the guest
+	// has written since the last call, or since the slot was created or logged. It
+	// has a bit for each page, and is zero. What is written from then on is for
+	// the next call. The backend need not be held, except before the slot goes.
+	DirtyLog(s Slot, bitmap []uint64) error
 }
 
 // Memslots is the memory slots of a VM: what KVM keeps in struct kvm_memslots and
@@ -208,8 +215,14 @@ func (m *Memslots) applyLocked(u update, windows *index[Window], op uint64) erro
 	m.beginUpdate(old, u)
 	m.backend.Hold()
 	defer m.backend.Release()
+	if m.mutant != collectAfterwards {
+		m.collectLocked(u.unlogged())
+	}
 	x := &transaction{m: m, op: op}
 	err := x.do(u)
+	if m.mutant == collectAfterwards {
+		m.collectLocked(u.unlogged())
+	}
 	if err != nil {
 		if undoErr := x.undo(); undoErr != nil {
 			err = errors.Join(err, fmt.Errorf("and the former slots could not be put back: %w", undoErr))
@@ -221,6 +234,37 @@ func (m *Memslots) applyLocked(u update, windows *index[Window], op uint64) erro
 	}
 	m.publishLocked(old.slots.change(x.removed, x.added), *windows)
 	return err
+}
+
+// unlogged returns the slots whose logs the update throws away. The log of one that
+// moves would stay, and be of other frames.
+func (u *update) unlogged() []Slot {
+	slots := slices.Clone(u.deletes)
+	for _, c := range u.changes {
+		slots = append(slots, c.from)
+	}
+	return slots
+}
+
+// collectLocked merges what the guest has written to logged slots into the log of the
+// table. Where the backend does not tell, all of the slot is taken to be written.
+func (m *Memslots) collectLocked(slots []Slot) {
+	if m.table == nil {
+		return
+	}
+	var set dirty.Set
+	for _, s := range slots {
+		if !s.LogDirty {
+			continue
+		}
+		bitmap := make([]uint64, (s.NPages+63)/64)
+		if err := m.backend.DirtyLog(s, bitmap); err != nil {
+			set.AddRange(s.GFNs())
+			continue
+		}
+		set.AddBitmap(s.GFN, bitmap)
+	}
+	m.table.log.Merge(&set)
 }
 
 // beginUpdate takes away the translations that will not be backed as they are.
@@ -290,6 +334,7 @@ func (m *Memslots) clearLocked() {
 	m.beginUpdate(m.current.Load(), u)
 	m.backend.Hold()
 	defer m.backend.Release()
+	m.collectLocked(u.deletes)
 	for _, s := range u.deletes {
 		_ = (&transaction{m: m}).delete(s)
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/internal/gvmtest"
 	"github.com/secondmmu/gvm/notifier"
 )
 
@@ -299,13 +300,13 @@ func checkUpdateUnseen(m mutant) error {
 		if n == len(errs) {
 			return nil
 		}
-		loads = append(loads, background(func() {
+		loads = append(loads, gvmtest.Background(func() {
 			_, errs[n] = b.table.Load64(gpa(8))
 			if !applied.Load() {
 				errs[n] = errors.Join(errs[n], errors.New("a page was used while its slot was changing"))
 			}
 		}))
-		closedWithin(loads[n], graceFor(m))
+		gvmtest.ClosedWithin(loads[n], gvmtest.GraceFor(m))
 		return nil
 	}
 	inv := notifier.Invalidation{Range: b.hvas(9, 1), Event: notifier.Unmap} // cuts the slot of page 8, too
@@ -390,7 +391,7 @@ func checkGenerations(m mutant) error {
 			return fmt.Errorf("change %d: the generation was %d and is %d; updating before it, in it, after it: %v, %v, %v",
 				i, before.Generation(), now.Generation(), before.Updating(), updating, now.Updating())
 		}
-		if !isClosed(changed) {
+		if !gvmtest.Closed(changed) {
 			return fmt.Errorf("change %d is not told to who waits for one", i)
 		}
 	}

@@ -2,6 +2,7 @@ package shadow
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -17,40 +18,30 @@ import (
 
 	"github.com/secondmmu/gvm/addr"
 	"github.com/secondmmu/gvm/dirty"
+	"github.com/secondmmu/gvm/internal/gvmtest"
 	"github.com/secondmmu/gvm/notifier"
 )
 
-var (
-	seedFlag = flag.Uint64("seed", 0, "the seed of random tests; 0: a new one")
-	timeFlag = flag.Duration("storm", 0, "how long TestStorm lasts; 0: not long")
-)
-
-func newRand(t *testing.T) *rand.Rand {
-	seed := *seedFlag
-	if seed == 0 {
-		seed = rand.Uint64()
-	}
-	t.Logf("-seed %d", seed)
-	return rand.New(rand.NewPCG(seed, 0))
-}
+var timeFlag = flag.Duration("storm", 0, "how long TestStorm lasts; 0: not long")
 
 // model is what a bed should do, obviously: memory is an array, what a guest frame
 // shows is a map, and so is what was written and used.
 type model struct {
-	b      *bed
-	memory []byte              // by host page, as the bed's
-	shows  map[addr.GFN]int    // host page
-	access map[int]addr.Access // of a host page
-	dirty  map[addr.GFN]bool   // since the last commit
-	young  map[addr.GFN]bool   // since it was cleared, or its page changed
-	refuse int                 // the step that the backend refuses, counted down
-	exact  bool                // nothing was refused, so that nothing else was zapped
+	b         *bed
+	memory    []byte              // by host page, as the bed's
+	shows     map[addr.GFN]int    // host page
+	access    map[int]addr.Access // of a host page
+	dirty     map[addr.GFN]bool   // since the last commit
+	discarded map[addr.GFN]bool   // the same
+	young     map[addr.GFN]bool   // since it was cleared, or its page changed
+	refuse    int                 // the step that the backend refuses, counted down
+	exact     bool                // nothing was refused, so that nothing else was zapped
 }
 
 func newModel(b *bed) *model {
 	m := &model{
 		b: b, memory: slices.Clone(b.memory), shows: map[addr.GFN]int{}, access: map[int]addr.Access{},
-		dirty: map[addr.GFN]bool{}, young: map[addr.GFN]bool{}, exact: true,
+		dirty: map[addr.GFN]bool{}, discarded: map[addr.GFN]bool{}, young: map[addr.GFN]bool{}, exact: true,
 	}
 	for i := range bedPages + highPages {
 		m.access[i] = addr.ReadWrite
@@ -80,8 +71,18 @@ func (m *model) frames(page int) (gfns []addr.GFN) {
 }
 
 // change makes a change of n host pages from page i, in a bracket.
-func (m *model) change(i, n int, event notifier.Event, to int, after addr.Access, make func()) error {
-	inv := notifier.Invalidation{Range: m.b.hvas(i, n), Event: event, After: after}
+func (m *model) change(i, n int, event notifier.Event, content notifier.Content, to int, after addr.Access, make func()) error {
+	inv := notifier.Invalidation{Range: m.b.hvas(i, n), Event: event, Content: content, After: after}
+	for k := i; k < i+n; k++ {
+		for _, gfn := range m.frames(k) {
+			switch content {
+			case notifier.Changed:
+				m.dirty[gfn] = true
+			case notifier.Zeroed:
+				m.discarded[gfn] = true
+			}
+		}
+	}
 	if event == notifier.Remap {
 		inv.To = m.b.hva(to)
 	}
@@ -90,7 +91,7 @@ func (m *model) change(i, n int, event notifier.Event, to int, after addr.Access
 	if refuse > 0 && m.refuse <= 0 {
 		// It was refused, as asked. The next bracket makes up for it.
 		m.exact = false
-		err = m.b.bracket(notifier.Invalidation{Range: m.b.hvas(0, 1), Event: notifier.Clear, After: addr.ReadWrite}, func() {})
+		err = m.b.bracket(notifier.Invalidation{Range: m.b.hvas(0, 1), Event: notifier.Clear, Content: notifier.Kept, After: addr.ReadWrite}, func() {})
 	}
 	for k := range n {
 		for _, gfn := range m.frames(i + k) {
@@ -102,7 +103,14 @@ func (m *model) change(i, n int, event notifier.Event, to int, after addr.Access
 
 // set changes the access to n host pages from page i, and their content if it is given.
 func (m *model) set(i, n int, event notifier.Event, access addr.Access, content int) error {
-	return m.change(i, n, event, 0, access, func() {
+	does := notifier.Changed
+	switch {
+	case content < 0:
+		does = notifier.Kept
+	case content == 0:
+		does = notifier.Zeroed
+	}
+	return m.change(i, n, event, does, 0, access, func() {
 		m.b.host.set(m.b.hvas(i, n), access)
 		for k := i; k < i+n; k++ {
 			m.access[k] = access
@@ -127,7 +135,7 @@ func (m *model) remap(from, to int) error {
 		return err
 	}
 	gfns := m.frames(from)
-	return m.change(from, 1, notifier.Remap, to, addr.NoAccess, func() {
+	return m.change(from, 1, notifier.Remap, notifier.Kept, to, addr.NoAccess, func() {
 		for _, mem := range [][]byte{m.memory, m.b.memory} {
 			copy(mem[to*page:(to+1)*page], mem[from*page:(from+1)*page])
 		}
@@ -269,17 +277,21 @@ func (m *model) age(i, n int) error {
 
 // harvest compares what was written since the last commit.
 func (m *model) harvest(commit bool) error {
-	h, err := m.b.table.Dirty().Begin()
+	h, err := m.b.Harvest(context.Background())
 	if err != nil {
 		return err
 	}
 	if got, want := gfnsOf(h.Dirty()), slices.Sorted(maps.Keys(m.dirty)); !slices.Equal(got, want) {
 		return fmt.Errorf("dirty are %v, want %v", got, want)
 	}
+	if got, want := gfnsOf(h.Discarded()), slices.Sorted(maps.Keys(m.discarded)); !slices.Equal(got, want) {
+		return fmt.Errorf("discarded are %v, want %v", got, want)
+	}
 	if !commit {
 		return h.Abort()
 	}
 	clear(m.dirty)
+	clear(m.discarded)
 	return h.Commit()
 }
 
@@ -309,7 +321,7 @@ func (m *model) run(prog []byte) error {
 
 // TestModel runs random programs.
 func TestModel(t *testing.T) {
-	rng := newRand(t)
+	rng := gvmtest.Rand(t)
 	for range 60 {
 		b := newBed(sound, bedPages)
 		prog := make([]byte, 4*200)
@@ -364,7 +376,7 @@ func TestStorm(t *testing.T) {
 	} else if testing.Short() {
 		length /= 4
 	}
-	rng := newRand(t)
+	rng := gvmtest.Rand(t)
 	b := newBed(sound, bedPages)
 	first, pages := aliasLen, bedPages-aliasLen // pages that are shown once
 

@@ -28,6 +28,9 @@ const (
 	createFirst              // VM23: a transaction creates slots before it deletes others
 	undoNothing              // K4: a transaction that fails is not undone
 	publishIntended          // K4: and publishes what it was to do
+	collectAfterwards        // V13: a slot's log is read when the slot has gone
+	contentUnrecorded        // what a change did to content is not recorded
+	harvestInBracket         // a harvest does not wait for brackets to end
 	numbersLeak              // slot numbers are not given out again
 	endLooksAgain            // VM5: the end of a bracket goes by the slots there are then
 	releaseAwaitsEnds        // VM25: the release waits for open brackets to end

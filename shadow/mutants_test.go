@@ -1,95 +1,53 @@
 package shadow
 
 import (
-	"fmt"
-	"slices"
-	"strings"
 	"testing"
-	"text/tabwriter"
-	"time"
+
+	"github.com/secondmmu/gvm/internal/gvmtest"
 )
 
-// mutantCase is a defect and the check that has to notice it.
-type mutantCase struct {
-	id     string // as in the table of defects, "VM8"
-	mutant mutant // sound if it does not apply
-	what   string // the defect
-	by     string // the test that notices it
-	check  func(m mutant) error
-	na     string // why it does not apply; then check is nil
-}
-
-var mutants = []mutantCase{
-	{id: "VM1", mutant: seqAfterLookup, what: "the sequence is read after the look", by: "V7 every placement", check: checkPulses},
-	{id: "VM2", mutant: compareUnlocked, what: "compared outside of the lock", by: "V7 every placement", check: checkPulses},
-	{id: "VM2", mutant: seqAlone, what: "open brackets are not looked at", by: "V7 every placement", check: checkOpenBrackets},
-	{id: "VM2", mutant: recordAlone, what: "the sequence is not compared", by: "V7 every placement", check: checkPulses},
-	{id: "VM3", mutant: seqAfterRecord, what: "a bracket is forgotten before seq grows", by: "V7 every placement", check: checkForgotten},
-	{id: "VM3", mutant: seqStays, what: "the end leaves the sequence", by: "V7 every placement", check: checkPulses},
-	{id: "VM4", mutant: newestBracketOnly, what: "the newest bracket is recorded alone", by: "V7 every placement", check: checkOpenBrackets},
-	{id: "VM5", mutant: endLooksAgain, what: "the end goes by the slots of then", by: "V3 brackets balance", check: checkBalance},
-	{id: "VM6", mutant: bracketUnrecorded, what: "a bracket is not recorded", by: "V7 every placement", check: checkOpenBrackets},
-	{id: "VM7", mutant: deleteWithoutZap, what: "a slot goes, its translations stay", by: "V2 deleted slots", check: checkDeletedSlots},
-	{id: "VM7", mutant: updateUnmarked, what: "a set does not say that it changes", by: "V14 nobody sees an update", check: checkUpdateUnseen},
-	{id: "VM8", mutant: noGracePeriod, what: "no grace period after a zap", by: "zap waits for holders", check: checkHolder},
-	{id: "VM8", mutant: noGracePeriod, what: "the same, under load", by: "V1 nothing older is read", check: checkNoneGoneIsUsed},
-	{id: "VM9", mutant: ownZapsOnly, what: "no wait for what others zapped", by: "zap waits for holders", check: checkSecondBracket},
-	{id: "VM9", mutant: changeBeforeZap, what: "zapped after the change", by: "V8 two slots hit", check: checkWholeRange},
-	{id: "VM10", mutant: firstSlotOnly, what: "only the first slot is zapped", by: "V8 two slots hit", check: checkWholeRange},
-	{id: "VM10", mutant: firstSlotOnly, what: "only the first slot is aged", by: "V9 aliases", check: checkAliases},
-	{id: "VM10", mutant: aliasUnlogged, what: "only one frame of a page is logged", by: "V9 aliases", check: checkAliases},
-	{id: "VM11", mutant: zapRoundsDown, what: "the end is rounded down", by: "V8 two slots hit", check: checkWholeRange},
-	{id: "VM12-15", na: "they are of KVM's bitmap; the log of this package has its own table, in package dirty"},
-	{id: "VM16-18", na: "they are of KVM's dirty ring"},
-	{id: "VM19", mutant: generationStays, what: "the generation stays", by: "V18 generations", check: checkGenerations},
-	{id: "VM19", mutant: updateUnmarked, what: "nor is there a flag", by: "V18 generations", check: checkGenerations},
-	{id: "VM20", mutant: retryForever, what: "a fault ignores its context", by: "retry ends", check: checkRetryEnds},
-	{id: "VM21", na: "writes are logged by the page, whatever the size of the translation"},
-	{id: "VM22", na: "a table is the only cache of translations"},
-	{id: "VM23", mutant: createFirst, what: "slots are created before others go", by: "transactions", check: checkTransactions},
-	{id: "VM24", na: "the order of locks, which a debug build checks"},
-	{id: "VM25", mutant: releaseAwaitsEnds, what: "the release waits for brackets", by: "V20 teardown", check: checkTeardown},
-	{id: "VM26", na: "it is of whoever reads events of userfaultfd"},
-	{id: "K4", mutant: undoNothing, what: "a refused transaction is left half done", by: "transactions", check: checkTransactions},
-	{id: "K4", mutant: publishIntended, what: "what was intended is published", by: "transactions", check: checkTransactions},
-	{id: "", mutant: numbersLeak, what: "slot numbers are not recycled", by: "numbers are recycled", check: checkNumbers},
+var mutants = []gvmtest.Mutant[mutant]{
+	{ID: "VM1", Defect: seqAfterLookup, What: "the sequence is read after the look", By: "V7 every placement", Check: checkPulses},
+	{ID: "VM2", Defect: compareUnlocked, What: "compared outside of the lock", By: "V7 every placement", Check: checkPulses},
+	{ID: "VM2", Defect: seqAlone, What: "open brackets are not looked at", By: "V7 every placement", Check: checkOpenBrackets},
+	{ID: "VM2", Defect: recordAlone, What: "the sequence is not compared", By: "V7 every placement", Check: checkPulses},
+	{ID: "VM3", Defect: seqAfterRecord, What: "a bracket is forgotten before seq grows", By: "V7 every placement", Check: checkForgotten},
+	{ID: "VM3", Defect: seqStays, What: "the end leaves the sequence", By: "V7 every placement", Check: checkPulses},
+	{ID: "VM4", Defect: newestBracketOnly, What: "the newest bracket is recorded alone", By: "V7 every placement", Check: checkOpenBrackets},
+	{ID: "VM5", Defect: endLooksAgain, What: "the end goes by the slots of then", By: "V3 brackets balance", Check: checkBalance},
+	{ID: "VM6", Defect: bracketUnrecorded, What: "a bracket is not recorded", By: "V7 every placement", Check: checkOpenBrackets},
+	{ID: "VM7", Defect: deleteWithoutZap, What: "a slot goes, its translations stay", By: "V2 deleted slots", Check: checkDeletedSlots},
+	{ID: "VM7", Defect: updateUnmarked, What: "a set does not say that it changes", By: "V14 nobody sees an update", Check: checkUpdateUnseen},
+	{ID: "VM8", Defect: noGracePeriod, What: "no grace period after a zap", By: "zap waits for holders", Check: checkHolder},
+	{ID: "VM8", Defect: noGracePeriod, What: "the same, under load", By: "V1 nothing older is read", Check: checkNoneGoneIsUsed},
+	{ID: "VM9", Defect: ownZapsOnly, What: "no wait for what others zapped", By: "zap waits for holders", Check: checkSecondBracket},
+	{ID: "VM9", Defect: changeBeforeZap, What: "zapped after the change", By: "V8 two slots hit", Check: checkWholeRange},
+	{ID: "VM10", Defect: firstSlotOnly, What: "only the first slot is zapped", By: "V8 two slots hit", Check: checkWholeRange},
+	{ID: "VM10", Defect: firstSlotOnly, What: "only the first slot is aged", By: "V9 aliases", Check: checkAliases},
+	{ID: "VM10", Defect: aliasUnlogged, What: "only one frame of a page is logged", By: "V9 aliases", Check: checkAliases},
+	{ID: "VM11", Defect: zapRoundsDown, What: "the end is rounded down", By: "V8 two slots hit", Check: checkWholeRange},
+	{ID: "VM12-15", NA: "they are of KVM's bitmap: package kvm; the log of this package has its own table, in package dirty"},
+	{ID: "VM16-18", NA: "they are of KVM's dirty ring: package kvm"},
+	{ID: "VM19", Defect: generationStays, What: "the generation stays", By: "V18 generations", Check: checkGenerations},
+	{ID: "VM19", Defect: updateUnmarked, What: "nor is there a flag", By: "V18 generations", Check: checkGenerations},
+	{ID: "VM20", Defect: retryForever, What: "a fault ignores its context", By: "retry ends", Check: checkRetryEnds},
+	{ID: "VM21", NA: "writes are logged by the page, whatever the size of the translation"},
+	{ID: "VM22", NA: "a table is the only cache of translations"},
+	{ID: "VM23", Defect: createFirst, What: "slots are created before others go", By: "transactions", Check: checkTransactions},
+	{ID: "VM24", NA: "the order of locks, which a debug build checks"},
+	{ID: "VM25", Defect: releaseAwaitsEnds, What: "the release waits for brackets", By: "V20 teardown", Check: checkTeardown},
+	{ID: "VM26", NA: "it is of whoever reads events of userfaultfd"},
+	{ID: "K4", Defect: undoNothing, What: "a refused transaction is left half done", By: "transactions", Check: checkTransactions},
+	{ID: "K4", Defect: publishIntended, What: "what was intended is published", By: "transactions", Check: checkTransactions},
+	{ID: "V13", Defect: collectAfterwards, What: "a log is read when its slot has gone", By: "V13 nothing is lost", Check: checkSlotLogs},
+	{ID: "", Defect: contentUnrecorded, What: "changes of content are not recorded", By: "content is recorded", Check: checkContent},
+	{ID: "", Defect: harvestInBracket, What: "a harvest comes in a bracket", By: "harvest awaits brackets", Check: checkHarvestInBracket},
+	{ID: "", Defect: numbersLeak, What: "slot numbers are not recycled", By: "numbers are recycled", Check: checkNumbers},
 }
 
 // TestMutants has each check find the defect that it is there for, and find
 // nothing without it.
-func TestMutants(t *testing.T) {
-	var out strings.Builder
-	w := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
-	fmt.Fprint(w, "mutant\tdefect\tcaught by\tafter\n")
-	for _, c := range mutants {
-		row := func(by string, after any) { fmt.Fprintf(w, "%s\t%s\t%s\t%v\n", c.id, c.what, by, after) }
-		if c.check == nil {
-			row("not applicable", c.na)
-			continue
-		}
-		if err := c.check(sound); err != nil {
-			t.Errorf("%s: without the defect: %v", c.id, err)
-		}
-		begin := time.Now()
-		err := c.check(c.mutant)
-		after := time.Since(begin).Round(time.Microsecond)
-		if err == nil {
-			row("nobody", after)
-			t.Errorf("%s survives: %s", c.id, c.what)
-			continue
-		}
-		row(c.by, after)
-		t.Logf("%s, %s: %v", c.id, c.what, err)
-	}
-	w.Flush()
-	t.Logf("\n%s", &out)
-}
+func TestMutants(t *testing.T) { gvmtest.RunMutants(t, mutants) }
 
 // TestMutantsAreAllThere: every defect that slots can have is in the table.
-func TestMutantsAreAllThere(t *testing.T) {
-	for m := sound + 1; m <= releaseAwaitsEnds; m++ {
-		if !slices.ContainsFunc(mutants, func(c mutantCase) bool { return c.mutant == m }) {
-			t.Errorf("no check looks for defect %d", m)
-		}
-	}
-}
+func TestMutantsAreAllThere(t *testing.T) { gvmtest.EveryMutant(t, releaseAwaitsEnds, mutants) }

@@ -2,6 +2,7 @@ package shadow
 
 import (
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/dirty"
 	"github.com/secondmmu/gvm/notifier"
 )
 
@@ -40,6 +41,38 @@ var policy = map[notifier.Event]reaction{
 	notifier.Protect: {narrow: true, settle: true},
 	notifier.Remap:   {hold: true, follow: true, settle: true},
 	notifier.Map:     {settle: true},
+}
+
+// content is what the tracker records of a change, by what it does to the content of
+// the pages, and the only place that decides it. KVM's log does not know of changes
+// of the mapping, and the table's only of stores.
+//
+//	content  the frames that show the pages are
+//	Changed  dirty
+//	Kept     what they were
+//	Zeroed   discarded
+//	Gone     discarded: what is mapped there later is zero, or is announced by itself
+var content = map[notifier.Content]func(log *dirty.Log, r addr.GFNRange){
+	notifier.Changed: mergeRange,
+	notifier.Kept:    func(*dirty.Log, addr.GFNRange) {},
+	notifier.Zeroed:  (*dirty.Log).Discard,
+	notifier.Gone:    (*dirty.Log).Discard,
+}
+
+func mergeRange(log *dirty.Log, r addr.GFNRange) {
+	var s dirty.Set
+	s.AddRange(r)
+	log.Merge(&s)
+}
+
+// record records a change that has been made, or has failed half way, of the pages
+// that the frames r show.
+func record(log *dirty.Log, inv *notifier.Invalidation, r addr.GFNRange) {
+	did, ok := content[inv.Content]
+	if !ok || inv.Failed && inv.Content != notifier.Kept {
+		did = mergeRange
+	}
+	did(log, r)
 }
 
 // narrowed returns the access that is left of access in r, while inv is open.

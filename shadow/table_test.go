@@ -177,7 +177,7 @@ func TestHotPathsDoNotAllocate(t *testing.T) {
 	view := b.table.NewView(t.Context())
 	buf := make([]byte, 3*page)
 	b.touch(4, 5, 6, 7)
-	inv := notifier.Invalidation{Range: b.hvas(6, 1), Event: notifier.Clear, After: addr.ReadWrite}
+	inv := notifier.Invalidation{Range: b.hvas(6, 1), Event: notifier.Clear, Content: notifier.Zeroed, After: addr.ReadWrite}
 	five := []addr.GFNRange{frames(ramGFN+5, 1)}
 	for name, do := range map[string]func() error{
 		"load":       func() error { _, err := view.Load64(gpa(4)); return err },
@@ -303,7 +303,7 @@ func TestSparseGuest(t *testing.T) {
 	if err := m.Set(Slot{NPages: npages, HVA: 1 << 40, Access: addr.ReadWrite}); err != nil {
 		t.Fatal(err)
 	}
-	rng := newRand(t)
+	rng := gvmtest.Rand(t)
 	gfns := map[addr.GFN]bool{}
 	for len(gfns) < used {
 		gfn := addr.GFN(rng.Uint64N(npages))
@@ -392,15 +392,15 @@ func checkOpenBrackets(m mutant) error {
 		}
 	}
 	var err error
-	loaded := background(func() { _, err = b.table.Load64(gpa(8)) })
+	loaded := gvmtest.Background(func() { _, err = b.table.Load64(gpa(8)) })
 	<-opened
 	waits := func() bool {
 		b.table.bracketMu.Lock()
 		defer b.table.bracketMu.Unlock()
 		return b.table.ended != nil
 	}
-	eventually(func() bool { return waits() || isClosed(loaded) })
-	if isClosed(loaded) {
+	gvmtest.Eventually(func() bool { return waits() || gvmtest.Closed(loaded) })
+	if gvmtest.Closed(loaded) {
 		b.errorf("the fault does not wait for the end of the bracket")
 	}
 	b.check()
@@ -430,7 +430,7 @@ func checkForgotten(m mutant) error {
 		if m == sound {
 			<-ended
 		} else {
-			eventually(func() bool { return b.table.active.Load() == 0 })
+			gvmtest.Eventually(func() bool { return b.table.active.Load() == 0 })
 		}
 	})
 	b.table.step = func(step string) {
@@ -441,7 +441,7 @@ func checkForgotten(m mutant) error {
 			<-compare
 		}
 	}
-	loaded := background(func() {
+	loaded := gvmtest.Background(func() {
 		if _, err := b.table.Load64(gpa(8)); !errors.Is(err, errUnmapped) {
 			b.errorf("the fault has the page, which has gone: %v", err)
 		}
@@ -450,7 +450,7 @@ func checkForgotten(m mutant) error {
 		close(compare)
 		<-loaded
 	} else {
-		closedWithin(loaded, graceFor(m)) // or it waits for the lock
+		gvmtest.ClosedWithin(loaded, gvmtest.GraceFor(m)) // or it waits for the lock
 		close(compare)
 		<-loaded
 	}
@@ -502,7 +502,7 @@ func TestZapWaitsForHolders(t *testing.T) { runs(t, checkHolder, checkSecondBrac
 // look at done, which is not to be closed yet.
 func (b *bed) hold(i int, done *atomic.Bool) (leave chan<- struct{}, left <-chan struct{}) {
 	inside, out := make(chan struct{}), make(chan struct{})
-	left = background(func() {
+	left = gvmtest.Background(func() {
 		err := b.table.Use(gpa(i), 8, addr.ReadWrite, func(p []byte) error {
 			close(inside)
 			<-out
@@ -523,12 +523,12 @@ func checkHolder(m mutant) error {
 	b := newBed(m, bedPages)
 	var started atomic.Bool
 	leave, left := b.hold(8, &started)
-	bracket := background(func() {
+	bracket := gvmtest.Background(func() {
 		b.table.begin(b.hvas(8, 1))
 		started.Store(true)
 		b.table.end(b.hvas(8, 1))
 	})
-	closedWithin(bracket, graceFor(m))
+	gvmtest.ClosedWithin(bracket, gvmtest.GraceFor(m))
 	close(leave)
 	<-left
 	<-bracket
@@ -541,16 +541,16 @@ func checkSecondBracket(m mutant) error {
 	var started atomic.Bool
 	leave, left := b.hold(8, &started)
 	bracket := func() <-chan struct{} {
-		return background(func() {
+		return gvmtest.Background(func() {
 			b.table.begin(b.hvas(8, 1))
 			started.Store(true)
 			b.table.end(b.hvas(8, 1))
 		})
 	}
 	first := bracket()
-	eventually(func() bool { return b.table.Stats().Flushes == 1 })
+	gvmtest.Eventually(func() bool { return b.table.Stats().Flushes == 1 })
 	second := bracket()
-	closedWithin(second, graceFor(m))
+	gvmtest.ClosedWithin(second, gvmtest.GraceFor(m))
 	close(leave)
 	<-left
 	<-first
@@ -563,10 +563,10 @@ func checkUntouched(m mutant) error {
 	b := newBed(m, bedPages)
 	var never atomic.Bool
 	leave, left := b.hold(8, &never)
-	if !closedWithin(background(func() {
+	if !gvmtest.ClosedWithin(gvmtest.Background(func() {
 		b.table.begin(b.hvas(9, 1))
 		b.table.end(b.hvas(9, 1))
-	}), limit) {
+	}), gvmtest.Limit) {
 		b.errorf("a bracket waits for somebody who uses another page")
 	}
 	close(leave)
@@ -842,14 +842,14 @@ func checkTeardown(m mutant) error {
 		b.errorf("%w", err)
 	}
 	var err error
-	waiting := background(func() { _, err = b.table.Load64(gpa(8)) })
-	eventually(func() bool {
+	waiting := gvmtest.Background(func() { _, err = b.table.Load64(gpa(8)) })
+	gvmtest.Eventually(func() bool {
 		b.table.bracketMu.Lock()
 		defer b.table.bracketMu.Unlock()
 		return b.table.ended != nil
 	})
-	released := background(b.Release)
-	if m == sound && !closedWithin(released, limit) || m != sound && !closedWithin(released, graceFor(m)) {
+	released := gvmtest.Background(b.Release)
+	if m == sound && !gvmtest.ClosedWithin(released, gvmtest.Limit) || m != sound && !gvmtest.ClosedWithin(released, gvmtest.GraceFor(m)) {
 		b.errorf("the release waits for the end of a bracket")
 		b.InvalidateRangeEnd(&inv)
 	}

@@ -2,11 +2,13 @@ package shadow
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"slices"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/dirty"
 	"github.com/secondmmu/gvm/notifier"
 	"github.com/secondmmu/gvm/trace"
 )
@@ -21,6 +23,7 @@ type Tracker struct {
 	host  Host      // immutable
 
 	released bool // no more slots; protected by slots.mu
+	logDirty bool // slots are logged; protected by slots.mu
 	behind   bool // the backend refused a change, and may have fewer slots than it could; protected by slots.mu
 }
 
@@ -37,6 +40,47 @@ func (t *Tracker) Slots() *Slots { return t.slots.Slots() }
 
 // Table returns the table through which threads of the VMM use the guest's memory.
 func (t *Tracker) Table() *Table { return t.table }
+
+// LogDirty has the backend log what the guest writes from now on, or no more; what it
+// has logged so far is for the next Harvest. With an error nothing has changed.
+func (t *Tracker) LogDirty(on bool) error {
+	t.slots.lock()
+	defer t.slots.unlock()
+	var u update
+	for s := range t.Slots().All() {
+		if to := s; s.LogDirty != on {
+			to.LogDirty = on
+			u.changes = append(u.changes, move{s, to})
+		}
+	}
+	if err := t.slots.applyLocked(u, nil, 0); err != nil {
+		return fmt.Errorf("log dirty pages: %w", err)
+	}
+	t.logDirty = on
+	return nil
+}
+
+// Harvest takes out of the dirty log what has changed since it was last harvested: what
+// was written through the table, what the guest has written, if that is logged, and
+// what changes of the mapping did to content. The pages may be copied when it returns.
+// A frame that is dirty and cannot be read has no memory at the moment.
+//
+// It waits until no bracket is open, so that the content of a page and what is recorded
+// of it go together, and until nobody uses a page that he has found before. It is not
+// called with a lock of the order held, in a bracket, or inside a Use. The error is
+// dirty.ErrOpen if a harvest is open, or EINTR if ctx is done first.
+func (t *Tracker) Harvest(ctx context.Context) (*dirty.Harvest, error) {
+	if as := t.AddressSpace(); as != nil && t.slots.mutant != harvestInBracket {
+		if err := as.RLockContext(ctx); err != nil {
+			return nil, fmt.Errorf("harvest dirty pages: %w", err)
+		}
+		defer as.RUnlock()
+	}
+	t.slots.lock()
+	t.slots.collectLocked(slices.Collect(t.Slots().All()))
+	t.slots.unlock()
+	return t.table.log.Begin()
+}
 
 // Check returns an error for every invariant of the set and the table that does
 // not hold, joined, or nil; and for every slot that shows something else than its
@@ -135,6 +179,7 @@ func (t *Tracker) InvalidateRangeEnd(inv *notifier.Invalidation) {
 	if react.hold {
 		defer t.slots.backend.Release()
 	}
+	t.recordLocked(inv)
 	if t.released || !react.settle && !t.behind {
 		return
 	}
@@ -155,6 +200,19 @@ func (t *Tracker) InvalidateRangeEnd(inv *notifier.Invalidation) {
 		// longer the guest's memory. To leave them out takes deletions only.
 		gone := update{deletes: slices.Collect(t.Slots().InHVAs(inv.Range))}
 		_ = t.slots.applyLocked(gone, &windows, inv.Op)
+	}
+}
+
+// recordLocked records what a change has done to the content of frames. The caller is
+// in a bracket with the mapping lock held, so no harvest is between the change and
+// this, as the log asks for.
+func (t *Tracker) recordLocked(inv *notifier.Invalidation) {
+	if t.slots.mutant == contentUnrecorded {
+		return
+	}
+	for w := range t.Slots().windows.inHVAs(inv.Range) {
+		both := w.HVAs().Intersect(inv.Range)
+		record(t.table.log, inv, frames(w.gfn(both.Start), both.NPages()))
 	}
 }
 
@@ -308,7 +366,7 @@ func (t *Tracker) deriveLocked(windows index[Window], where []addr.GFNRange, inv
 func (t *Tracker) backed(slots []Slot, w Window, r addr.GFNRange, inv *notifier.Invalidation) []Slot {
 	emit := func(r addr.HVARange, access addr.Access) {
 		if !r.Empty() && access != addr.NoAccess {
-			slots = append(slots, Slot{GFN: w.gfn(r.Start), NPages: r.NPages(), HVA: r.Start, Access: access})
+			slots = append(slots, Slot{GFN: w.gfn(r.Start), NPages: r.NPages(), HVA: r.Start, Access: access, LogDirty: t.logDirty})
 		}
 	}
 	t.host.Walk(addr.HVAs(w.hva(r.Start), r.NPages()<<addr.PageShift), func(r addr.HVARange, access addr.Access) {

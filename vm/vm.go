@@ -30,6 +30,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/dirty"
 	"github.com/secondmmu/gvm/guests"
 	"github.com/secondmmu/gvm/kvm"
 	"github.com/secondmmu/gvm/mm"
@@ -339,6 +340,16 @@ func (m *Machine) Load64(gpa addr.GPA) (uint64, error) { return m.tracker.Table(
 // Store64 writes the 8 bytes at gpa, a multiple of 8, as one atomic access.
 func (m *Machine) Store64(gpa addr.GPA, v uint64) error { return m.tracker.Table().Store64(gpa, v) }
 
+// LogDirty has KVM log what the guest writes from now on, or no more. Each page costs
+// the guest a fault at its first write after each Harvest. What the machine itself
+// writes, and what changes of mappings do, is logged always.
+func (m *Machine) LogDirty(on bool) error { return m.tracker.LogDirty(on) }
+
+// Harvest takes out of the dirty log which pages of guest memory have changed since it
+// was last harvested, and from what: see [shadow.Tracker.Harvest]. Vcpus go on. What
+// is written by host address, through Memory, or by others, is not in it.
+func (m *Machine) Harvest(ctx context.Context) (*dirty.Harvest, error) { return m.tracker.Harvest(ctx) }
+
 // Result reads a result word of a vCPU's guest; word 0 is its progress.
 func (m *Machine) Result(vcpu, word int) (uint64, error) {
 	return m.Load64(guests.ResultGPA(vcpu, word))
@@ -375,4 +386,8 @@ func (b *backend) ChangeSlot(_, s shadow.Slot) error { return b.CreateSlot(s) }
 
 func (b *backend) DeleteSlot(s shadow.Slot) error {
 	return b.vm.SetMemoryRegion(kvm.MemoryRegion{Slot: s.ID, GPA: s.GFN.GPA()})
+}
+
+func (b *backend) DirtyLog(s shadow.Slot, bitmap []uint64) error {
+	return b.vm.GetDirtyLog(s.ID, bitmap)
 }

@@ -1,0 +1,183 @@
+package vm
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/dirty"
+	"github.com/secondmmu/gvm/guests"
+	"github.com/secondmmu/gvm/internal/gvmtest"
+	"github.com/secondmmu/gvm/mm"
+)
+
+// snapshot is a copy of RAM that is brought up to date by harvests alone.
+type snapshot struct {
+	m    *Machine
+	copy []byte
+	ram  addr.GFNRange
+}
+
+func newSnapshot(t *testing.T, m *Machine) *snapshot {
+	t.Helper()
+	first := guests.RAMBase.GFN()
+	s := &snapshot{m: m, ram: addr.GFNRange{Start: first, End: first + addr.GFN(m.ram.Range.NPages())}}
+	s.copy = make([]byte, m.ram.Range.Bytes())
+	if err := m.ReadGuest(guests.RAMBase, s.copy); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// page returns the copy of the page of gfn.
+func (s *snapshot) page(gfn addr.GFN) []byte {
+	at := int(gfn-s.ram.Start) * addr.PageSize
+	return s.copy[at : at+addr.PageSize]
+}
+
+// apply brings the copy up to date with what a harvest has, as its users are told to.
+func (s *snapshot) apply(t *testing.T, h *dirty.Harvest) {
+	t.Helper()
+	for r := range h.Discarded().RunsIn(s.ram) {
+		for gfn := r.Start; gfn < r.End; gfn++ {
+			clear(s.page(gfn))
+		}
+	}
+	for r := range h.Dirty().RunsIn(s.ram) {
+		for gfn := r.Start; gfn < r.End; gfn++ {
+			if err := s.m.ReadGuest(gfn.GPA(), s.page(gfn)); err != nil && !errors.Is(err, unix.EFAULT) {
+				t.Error(err)
+			}
+		}
+	}
+}
+
+// compare reports the pages of which the copy is not what RAM has. The guest stands
+// still, and all is mapped.
+func (s *snapshot) compare(t *testing.T, what string) {
+	t.Helper()
+	page := make([]byte, addr.PageSize)
+	for gfn := s.ram.Start; gfn < s.ram.End; gfn++ {
+		if err := s.m.ReadGuest(gfn.GPA(), page); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(page, s.page(gfn)) {
+			t.Errorf("%s: %v differs from the copy: a change was not reported", what, gfn)
+		}
+	}
+}
+
+// TestDirtyIsComplete harvests while guests write, the host writes, and mappings change,
+// and in the end compares a copy that knows only what was reported with memory.
+func TestDirtyIsComplete(t *testing.T) {
+	const pages = 12
+	for _, backing := range []mm.Backing{mm.Anonymous, mm.Memfd} {
+		for vcpus := 1; vcpus <= 2; vcpus++ {
+			t.Run(fmt.Sprintf("backing=%v/vcpus=%d", backing, vcpus), func(t *testing.T) {
+				rng := gvmtest.Rand(t)
+				m := newMachine(t, Config{VCPUs: vcpus, Backing: backing, Touch: Wait, Spare: addr.PageSize}, "stamp", guests.Args{"pages": pages, "seed": 1 + rng.Uint64N(1<<62)})
+				if err := m.LogDirty(true); err != nil {
+					t.Fatal(err)
+				}
+				s := newSnapshot(t, m)
+				ctx, cancel := context.WithCancel(testContext(t))
+				defer cancel()
+				if err := m.Start(ctx); err != nil {
+					t.Fatal(err)
+				}
+				epochs, reported := 0, uint64(0)
+				for begin := time.Now(); epochs < 200 && (epochs < 20 || time.Since(begin) < 4*time.Second); epochs++ {
+					if err := dirtyStep(m, rng, pages); err != nil {
+						t.Fatal(err)
+					}
+					h, err := m.Harvest(ctx)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if rng.IntN(4) == 0 {
+						if err := h.Abort(); err != nil {
+							t.Error(err)
+						}
+						continue
+					}
+					reported += h.Dirty().Len()
+					s.apply(t, h)
+					if err := h.Commit(); err != nil {
+						t.Error(err)
+					}
+					if rng.IntN(8) == 0 {
+						// With the guest standing still the copy is the memory.
+						m.Pause()
+						if h, err = m.Harvest(ctx); err != nil {
+							t.Fatal(err)
+						}
+						s.apply(t, h)
+						s.compare(t, fmt.Sprintf("epoch %d", epochs))
+						m.Resume()
+						if err := h.Commit(); err != nil {
+							t.Error(err)
+						}
+					}
+					if t.Failed() {
+						t.FailNow()
+					}
+				}
+				cancel()
+				if _, err := m.Wait(); !errors.Is(err, context.Canceled) {
+					t.Errorf("the run ended with %v", err)
+				}
+				h, err := m.Harvest(testContext(t))
+				if err != nil {
+					t.Fatal(err)
+				}
+				s.apply(t, h)
+				s.compare(t, "at the end")
+				progress, err := m.Result(0, 0)
+				if err != nil || progress == 0 || reported == 0 {
+					t.Errorf("the guest has written %d stamps (%v), and %d pages were reported", progress, err, reported)
+				}
+				t.Logf("%d epochs, %d pages reported, %d stamps of vCPU 0", epochs, reported, progress)
+			})
+		}
+	}
+}
+
+// dirtyStep does something to memory under a running guest, and gives back what it
+// takes away.
+func dirtyStep(m *Machine, rng *rand.Rand, pages uint64) error {
+	mem, page := m.Memory(), rng.Uint64N(pages)
+	n := 1 + rng.Uint64N(min(3, pages-page))
+	r := m.hvas(page, n)
+	switch rng.IntN(9) {
+	case 0:
+		return mem.Discard(r)
+	case 1:
+		return errors.Join(mem.Unmap(r), mem.Map(r))
+	case 2:
+		return errors.Join(mem.Protect(r, addr.Read), mem.Protect(r, addr.ReadWrite))
+	case 3:
+		return mem.Map(r)
+	case 4:
+		if m.config.Backing == mm.Memfd {
+			return mem.Punch(r)
+		}
+		return mem.Protect(r, addr.ReadWrite)
+	case 5: // by the host, where the guest does not write
+		return m.Store64(gpaOf(page)+512, rng.Uint64())
+	case 6:
+		return m.WriteGuest(gpaOf(page)+1024, bytes.Repeat([]byte{byte(rng.Uint32())}, int(n)*addr.PageSize-2048))
+	case 7: // while it is off, guests write unseen
+		m.Pause()
+		defer m.Resume()
+		return errors.Join(m.LogDirty(false), m.LogDirty(true))
+	}
+	r = m.hvas(page, 1)
+	return errors.Join(mem.Remap(r, m.spare.Range.Start), mem.Remap(m.spare.Range, r.Start))
+}
