@@ -116,22 +116,27 @@ func BenchmarkAccess(b *testing.B) {
 }
 
 // BenchmarkCopy times a copy of 4 KiB out of memory, beside copy(): of one page,
-// which then is in the cache, and of one after the other of 64 MiB.
+// which then is in the cache, of one after the other of 64 MiB, and of these in no
+// order.
 func BenchmarkCopy(b *testing.B) {
-	for _, npages := range []int{1, 1 << 14} {
+	for name, step := range map[string]int{"one": 0, "sequential": 1, "scattered": 7919} {
+		npages := 1
+		if step > 0 {
+			npages = 1 << 14
+		}
 		t, memory := newBenchTable(b, wholeHost{}, npages, true)
 		view := t.NewView(b.Context())
 		buf := make([]byte, page)
 		for at := 0; at < len(memory); at += page { // memory that the machine really has
 			copy(buf, memory[at:at+page])
 		}
-		at := func(i int) int { return i * 7919 % npages * page }
+		at := func(i int) int { return i * step % npages * page }
 		for impl, do := range map[string]func(at int) error{
 			"view":    func(at int) error { _, err := view.ReadAt(buf, int64(at)); return err },
 			"hostmem": func(at int) error { return hostmem.ReadAt(buf, addressOf(memory)+addr.HVA(at)) },
 			"copy":    func(at int) error { copy(buf, memory[at:]); return nil },
 		} {
-			b.Run(fmt.Sprintf("pages=%d/impl=%s", npages, impl), func(b *testing.B) {
+			b.Run(fmt.Sprintf("pages=%s/impl=%s", name, impl), func(b *testing.B) {
 				b.SetBytes(page)
 				for i := 0; b.Loop(); i++ {
 					if err := do(at(i)); err != nil {

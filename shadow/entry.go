@@ -254,6 +254,9 @@ func (t *Table) zap(r addr.GFNRange) (zapped int) {
 		gfn = next
 	}
 	t.pages -= zapped
+	if zapped > 0 && t.slots.mutant != viewsRemember {
+		t.zaps.Add(1)
+	}
 	return zapped
 }
 

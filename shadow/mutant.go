@@ -17,6 +17,7 @@ const (
 	bracketUnrecorded        // VM6: a bracket is not recorded
 	deleteWithoutZap         // VM7: a slot goes, and its translations stay
 	updateUnmarked           // VM7: a fault uses a set that is about to change
+	viewsRemember            // VM19, VM22: a view goes on with a translation that was zapped
 	noGracePeriod            // VM8, VM9: a bracket does not wait for whoever uses what it has zapped
 	ownZapsOnly              // VM9: it does not wait for what another bracket has zapped
 	changeBeforeZap          // the zap comes after the change

@@ -32,7 +32,7 @@ var mutants = []gvmtest.Mutant[mutant]{
 	{ID: "VM19", Defect: updateUnmarked, What: "nor is there a flag", By: "V18 generations", Check: checkGenerations},
 	{ID: "VM20", Defect: retryForever, What: "a fault ignores its context", By: "retry ends", Check: checkRetryEnds},
 	{ID: "VM21", NA: "writes are logged by the page, whatever the size of the translation"},
-	{ID: "VM22", NA: "a table is the only cache of translations"},
+	{ID: "VM22", Defect: viewsRemember, What: "a view's last translation outlives a zap", By: "views forget", Check: checkViewsForget},
 	{ID: "VM23", Defect: createFirst, What: "slots are created before others go", By: "transactions", Check: checkTransactions},
 	{ID: "VM24", NA: "the order of locks, which a debug build checks"},
 	{ID: "VM25", Defect: releaseAwaitsEnds, What: "the release waits for brackets", By: "V20 teardown", Check: checkTeardown},

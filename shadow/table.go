@@ -73,6 +73,7 @@ type Table struct {
 	domain *srcu.Domain // immutable; a section is open while a translation is used
 	log    *dirty.Log   // immutable
 
+	zaps   atomic.Uint64 // changes when a translation was taken out, or is to be made young again; see translation
 	seq    atomic.Uint64 // brackets ended; written with bracketMu held
 	active atomic.Int32  // brackets that are open; written with bracketMu held, after seq
 
@@ -466,6 +467,9 @@ func (t *Table) clearYoung(r addr.HVARange) (was bool) {
 			was = true
 		}
 	})
+	if was {
+		t.zaps.Add(1) // so that views look at the bits again
+	}
 	return was
 }
 

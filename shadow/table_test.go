@@ -376,6 +376,40 @@ func checkPulses(m mutant) error {
 	return errors.Join(errs...)
 }
 
+// TestViewsForget: a view remembers its last translation until it is zapped, cut from
+// its slot, or made old.
+func TestViewsForget(t *testing.T) { runs(t, checkViewsForget) }
+
+func checkViewsForget(m mutant) error {
+	b := newBed(m, bedPages)
+	view := b.table.NewView(context.Background())
+	touch := func() {
+		if _, err := view.Load64(gpa(8)); err != nil {
+			b.errorf("%w", err)
+		}
+	}
+	touch()
+	b.pulse(8)
+	if _, err := view.Load64(gpa(8)); !errors.Is(err, errUnmapped) {
+		b.errorf("after a bracket the view has the page, which has gone: %v", err)
+	}
+	b.host.set(b.hvas(8, 1), addr.ReadWrite)
+	touch()
+	b.table.zapFrames([]addr.GFNRange{frames(ramGFN+8, 1)})
+	faults := b.table.Stats().Faults
+	if touch(); b.table.Stats().Faults != faults+1 {
+		b.errorf("after a zap the view finds its page without a fault")
+	}
+	if touch(); !b.ClearYoung(b.hvas(8, 1)) {
+		b.errorf("a page that was used is not young")
+	}
+	if touch(); !b.TestYoung(b.hva(8)) {
+		b.errorf("a page that was used since ClearYoung is not young")
+	}
+	view.Close()
+	return b.finish()
+}
+
 // checkOpenBrackets has a bracket open during a fault and stay open, and another
 // one, of another page, open after it.
 func checkOpenBrackets(m mutant) error {

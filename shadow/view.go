@@ -49,6 +49,18 @@ type user struct {
 	t      *Table
 	ctx    context.Context
 	reader *srcu.Reader // nil: sections are the domain's
+	last   translation  // of a View: the one that it found last
+}
+
+// translation is what a walk has found: an entry, and the frames that it translates. It
+// stands as long as nothing has been zapped since; so says a number that is loaded in
+// the section in which it is used. Whoever zaps changes the number before he waits for
+// sections: one that has found the old number is waited for.
+type translation struct {
+	zaps  uint64
+	first addr.GFN
+	pages uint64 // 0: there is none
+	e     entry
 }
 
 func (u *user) enter() int {
@@ -75,23 +87,38 @@ func (u *user) hold(gpa addr.GPA, want addr.Access) (hva addr.HVA, n uint64, idx
 	gfn := gpa.GFN()
 	for {
 		idx = u.enter()
-		e, c, level := u.t.find(gfn)
-		if e.allows(want) {
-			if e&young == 0 {
-				c.age(e)
-			}
+		x := u.last
+		if x.zaps != u.t.zaps.Load() || uint64(gfn-x.first) >= x.pages || !x.e.allows(want) {
+			x = u.walk(gfn, want)
+		}
+		if x.pages > 0 {
 			if want&addr.Write != 0 {
-				u.t.mark(gfn, e)
+				u.t.mark(gfn, x.e)
 			}
-			bytes := levelPages(level) << addr.PageShift
-			offset := uint64(gpa) & (bytes - 1)
-			return e.hva() + addr.HVA(offset), bytes - offset, idx, nil
+			offset := uint64(gpa - x.first.GPA())
+			return x.e.hva() + addr.HVA(offset), x.pages<<addr.PageShift - offset, idx, nil
 		}
 		u.leave(idx)
 		if err := u.t.fault(u.ctx, gfn, want); err != nil {
 			return 0, 0, 0, err
 		}
 	}
+}
+
+// walk looks for a translation of gfn in the tables, and makes it young. It returns none
+// if there is none that allows want.
+func (u *user) walk(gfn addr.GFN, want addr.Access) (x translation) {
+	zaps := u.t.zaps.Load()
+	e, c, level := u.t.find(gfn)
+	if !e.allows(want) {
+		return translation{}
+	}
+	c.age(e)
+	x = translation{zaps, gfn &^ addr.GFN(levelPages(level)-1), levelPages(level), e}
+	if u.reader != nil { // the Table's user is everybody's
+		u.last = x
+	}
+	return x
 }
 
 var errMisaligned error = &errnoError{"the address is not a multiple of the word's size", syscall.EINVAL}
