@@ -2,13 +2,16 @@ package mm
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/internal/hostmem"
 	"github.com/secondmmu/gvm/notifier"
 )
 
@@ -17,94 +20,232 @@ type contentTold struct {
 	notifier.Notifier
 	page    addr.HVARange
 	content []notifier.Content
+	open    int // brackets
+	failed  int
 }
 
 func (c *contentTold) Release() {}
 
 func (c *contentTold) InvalidateRangeStart(inv *notifier.Invalidation) error {
+	c.open++
 	if inv.Range.Overlaps(c.page) {
 		c.content = append(c.content, inv.Content)
 	}
 	return nil
 }
 
+func (c *contentTold) InvalidateRangeEnd(inv *notifier.Invalidation) {
+	c.open--
+	if inv.Failed {
+		c.failed++
+	}
+}
+
+// attempt is a page and a place for another, in memory of one kind.
+type attempt struct {
+	*Memory
+	r           *Region
+	page, spare addr.HVARange
+}
+
+func (a attempt) target() addr.HVARange { return a.spare }
+
+const (
+	stored = 0x5a5a_5a5a_5a5a_5a5a // in the page
+	inFile = 0xf11e_f11e_f11e_f11e // in the page of its file
+)
+
+var words = map[string]uint64{"stored": stored, "file": inFile, "0": 0}
+
+var allBackings = []Backing{Anonymous, Memfd, SharedAnonymous, MemfdPrivate}
+
 // TestContentIsAsAnnounced makes each change of a page, and compares what has become of
 // its content with what was announced of it.
 func TestContentIsAsAnnounced(t *testing.T) {
-	const before = 0x5a5a_5a5a_5a5a_5a5a
-	type attempt struct {
-		*Memory
-		page, spare addr.HVARange
+	shrink := func(a attempt) error { return a.Truncate(a.r, 3*addr.PageSize) }
+	grow := func(a attempt) error { return a.Truncate(a.r, a.r.Size) }
+	unmap := func(a attempt) error { return a.Unmap(a.page) }
+	mapIt := func(a attempt) error { return a.Map(a.page) }
+	discard := func(a attempt) error { return a.Discard(a.page) }
+	punch := func(a attempt) error { return a.Punch(a.page) }
+	guard := func(a attempt) error { return a.Guard(a.page) }
+	unguard := func(a attempt) error { return a.Unguard(a.page) }
+	protect := func(access addr.Access) func(a attempt) error {
+		return func(a attempt) error { return a.Protect(a.page, access) }
 	}
+	populate := func(write bool) func(a attempt) error {
+		return func(a attempt) error { return a.Populate(a.page, write) }
+	}
+	remap := func(a attempt) error { return a.Remap(a.page, a.spare.Start) }
+	remapKeep := func(a attempt) error { return a.RemapKeep(a.page, a.spare.Start) }
 	for name, tt := range map[string]struct {
-		do   func(a attempt) error
-		want map[Backing]notifier.Content // missing: the change is refused
-		at   func(a attempt) addr.HVA     // where the content is to be looked at; nil: at the page
+		untouched bool                // nothing is stored in the page
+		first, do func(attempt) error // only do is watched
+		then      func(attempt) error // makes what is kept accessible
+
+		// By backing, in the order of allBackings: what is announced of the page, and
+		// which word is there afterwards ("?": whichever). "refused" is EINVAL, and
+		// nothing announced; "fails" is EINVAL from the kernel.
+		want [4]string
+
+		watch func(attempt) addr.HVARange // which page the announcement is of; nil: the page
+		at    func(attempt) addr.HVARange // which page to look at afterwards; nil: the page
+		needs int                         // advice that the machine may not have
 	}{
-		"unmap": {do: func(a attempt) error { return a.Unmap(a.page) },
-			want: map[Backing]notifier.Content{Anonymous: notifier.Gone, Memfd: notifier.Gone}},
-		"map over": {do: func(a attempt) error { return a.Map(a.page) },
-			want: map[Backing]notifier.Content{Anonymous: notifier.Zeroed, Memfd: notifier.Changed}},
-		"protect": {do: func(a attempt) error { return a.Protect(a.page, addr.Read) },
-			want: map[Backing]notifier.Content{Anonymous: notifier.Kept, Memfd: notifier.Kept}},
-		"discard": {do: func(a attempt) error { return a.Discard(a.page) },
-			want: map[Backing]notifier.Content{Anonymous: notifier.Zeroed, Memfd: notifier.Kept}},
-		"punch": {do: func(a attempt) error { return a.Punch(a.page) },
-			want: map[Backing]notifier.Content{Memfd: notifier.Zeroed}},
-		"remap": {do: func(a attempt) error { return a.Remap(a.page, a.spare.Start) },
-			want: map[Backing]notifier.Content{Anonymous: notifier.Kept, Memfd: notifier.Kept},
-			at:   func(a attempt) addr.HVA { return a.spare.Start }},
-		"remap over": {do: func(a attempt) error { return errors.Join(a.Map(a.spare), a.Remap(a.spare, a.page.Start)) },
-			want: map[Backing]notifier.Content{Anonymous: notifier.Changed, Memfd: notifier.Changed}},
+		"unmap":                 {do: unmap, want: [4]string{"gone", "gone", "gone", "gone"}},
+		"map over":              {do: mapIt, want: [4]string{"zeroed 0", "changed stored", "zeroed 0", "changed file"}},
+		"map back":              {first: unmap, do: mapIt, want: [4]string{"zeroed 0", "changed stored", "zeroed 0", "changed file"}},
+		"map past the end":      {first: shrink, do: mapIt, want: [4]string{"refused", "gone", "refused", "gone"}},
+		"map over guards":       {first: guard, do: mapIt, want: [4]string{"zeroed 0", "changed stored", "zeroed 0", "changed file"}, needs: unix.MADV_GUARD_INSTALL},
+		"protect":               {do: protect(addr.Read), want: [4]string{"kept stored", "kept stored", "kept stored", "kept stored"}},
+		"protect none":          {do: protect(addr.NoAccess), then: protect(addr.Read), want: [4]string{"kept stored", "kept stored", "kept stored", "kept stored"}},
+		"discard":               {do: discard, want: [4]string{"zeroed 0", "kept stored", "kept stored", "changed file"}},
+		"discard an untouched":  {untouched: true, do: discard, want: [4]string{"zeroed 0", "kept file", "kept 0", "changed file"}},
+		"free":                  {do: func(a attempt) error { return a.Free(a.page) }, want: [4]string{"changed ?", "refused", "refused", "refused"}},
+		"discard what is free":  {first: func(a attempt) error { return a.Free(a.page) }, do: discard, want: [4]string{"zeroed 0", "refused", "refused", "refused"}},
+		"punch":                 {do: punch, want: [4]string{"refused", "zeroed 0", "refused", "changed stored"}},
+		"punch an untouched":    {untouched: true, do: punch, want: [4]string{"refused", "zeroed 0", "refused", "changed 0"}},
+		"remove":                {do: func(a attempt) error { return a.Remove(a.page) }, want: [4]string{"refused", "zeroed 0", "zeroed 0", "refused"}},
+		"page out":              {do: func(a attempt) error { return a.PageOut(a.page) }, want: [4]string{"kept stored", "kept stored", "kept stored", "kept stored"}},
+		"collapse":              {do: func(a attempt) error { return a.Collapse(a.r.Range) }, want: [4]string{"kept stored", "kept stored", "kept stored", "fails kept stored"}, needs: unix.MADV_COLLAPSE},
+		"collapse an untouched": {untouched: true, do: func(a attempt) error { return a.Collapse(a.r.Range) }, want: [4]string{"?", "kept file", "?", "kept file"}, needs: unix.MADV_COLLAPSE},
+		"collapse a guard":      {first: guard, do: func(a attempt) error { return a.Collapse(a.r.Range) }, then: unguard, want: [4]string{"fails kept 0", "fails kept stored", "fails kept stored", "fails kept file"}, needs: unix.MADV_GUARD_INSTALL},
+		"collapse a page":       {do: func(a attempt) error { return a.Collapse(a.page) }, want: [4]string{"refused", "refused", "refused", "refused"}},
+		"mergeable":             {do: func(a attempt) error { return a.Mergeable(a.page) }, want: [4]string{"nothing stored", "nothing stored", "nothing stored", "nothing stored"}, needs: unix.MADV_MERGEABLE},
+		"unmergeable":           {do: func(a attempt) error { return a.Unmergeable(a.page) }, want: [4]string{"kept stored", "kept stored", "kept stored", "kept stored"}, needs: unix.MADV_MERGEABLE},
+		"populate to read":      {untouched: true, do: populate(false), want: [4]string{"nothing 0", "nothing file", "nothing 0", "nothing file"}},
+		"populate to write":     {untouched: true, do: populate(true), want: [4]string{"nothing 0", "nothing file", "nothing 0", "nothing file"}},
+		"populate what is":      {do: populate(true), want: [4]string{"nothing stored", "nothing stored", "nothing stored", "nothing stored"}},
+		"guard":                 {do: guard, then: unguard, want: [4]string{"gone 0", "kept stored", "kept stored", "gone file"}, needs: unix.MADV_GUARD_INSTALL},
+		"guard an untouched":    {untouched: true, do: guard, then: unguard, want: [4]string{"gone 0", "kept file", "kept 0", "gone file"}, needs: unix.MADV_GUARD_INSTALL},
+		"unguard":               {first: guard, do: unguard, want: [4]string{"zeroed 0", "kept stored", "kept stored", "changed file"}, needs: unix.MADV_GUARD_INSTALL},
+		"unguard no guard":      {do: unguard, want: [4]string{"nothing stored", "nothing stored", "nothing stored", "nothing stored"}, needs: unix.MADV_GUARD_INSTALL},
+		"shrink":                {do: shrink, want: [4]string{"refused", "gone", "refused", "gone"}},
+		"shrink and grow":       {first: shrink, do: grow, want: [4]string{"refused", "zeroed 0", "refused", "zeroed 0"}},
+		"remap":                 {do: remap, at: attempt.target, want: [4]string{"kept stored", "kept stored", "kept stored", "kept stored"}},
+		"remap keep":            {do: remapKeep, want: [4]string{"zeroed 0", "kept stored", "kept stored", "changed file"}},
+		"target of remap keep":  {do: remapKeep, watch: attempt.target, at: attempt.target, want: [4]string{"changed stored", "changed stored", "changed stored", "changed stored"}},
+		"remap over":            {do: func(a attempt) error { return errors.Join(a.Map(a.spare), a.Remap(a.spare, a.page.Start)) }, want: [4]string{"changed 0", "changed 0", "changed 0", "changed 0"}},
 	} {
-		for _, backing := range []Backing{Anonymous, Memfd} {
+		for i, backing := range allBackings {
 			t.Run(fmt.Sprintf("%s/%v", name, backing), func(t *testing.T) {
-				m, r := newMemory(t, RegionConfig{Backing: backing})
-				spare, err := m.NewRegion(RegionConfig{Name: "spare", Size: addr.PageSize, Backing: backing, Reserved: true})
-				if err != nil {
-					t.Fatal(err)
+				a := newAttempt(t, backing)
+				if !tt.untouched {
+					mustStore(t, a.Memory, a.page.Start, stored)
 				}
-				a := attempt{m, part(r, 3, 1), spare.Range}
-				mustStore(t, m, a.page.Start, before)
+				want := strings.Fields(tt.want[i])
+				refused, fails := want[0] == "refused", want[0] == "fails"
+				if fails {
+					want = want[1:]
+				}
+				if tt.needs != 0 {
+					needAdvice(t, tt.needs)
+				}
 				told := &contentTold{page: a.page}
-				if err := m.as.Register(context.Background(), told); err != nil {
-					t.Fatal(err)
+				if tt.watch != nil {
+					told.page = tt.watch(a)
 				}
-				t.Cleanup(told.Unregister)
-				err = tt.do(a)
-				want, possible := tt.want[backing]
-				if !possible {
+				var err error
+				if tt.first != nil {
+					err = tt.first(a)
+				}
+				if err == nil {
+					register(t, a.Memory, told)
+					defer told.Unregister()
+					err = tt.do(a)
+				}
+				if told.open != 0 {
+					t.Errorf("%d brackets are open", told.open)
+				}
+				checkExtents(t, a.Memory, a.r)
+				switch {
+				case want[0] == "?":
+					return // the kernel collapses what is not there, or does not
+				case refused:
 					if !errors.Is(err, unix.EINVAL) || len(told.content) != 0 {
 						t.Errorf("error is %v, and %v is announced; want EINVAL, and nothing", err, told.content)
 					}
 					return
+				case fails && (!errors.Is(err, unix.EINVAL) || told.failed != 1):
+					t.Fatalf("error is %v, and %d brackets have failed; want EINVAL, and one", err, told.failed)
+				case !fails && (err != nil || told.failed != 0):
+					t.Fatalf("error is %v, and %d brackets have failed", err, told.failed)
 				}
-				if err != nil {
-					t.Fatal(err)
+				if got := strings.Trim(fmt.Sprint(told.content), "[]"); got != want[0] && !(got == "" && want[0] == "nothing") {
+					t.Fatalf("announced is %q, want %q", got, want[0])
 				}
-				if len(told.content) != 1 || told.content[0] != want {
-					t.Fatalf("announced is %v, want %v", told.content, want)
-				}
-				at := a.page.Start
+				at := a.page
 				if tt.at != nil {
 					at = tt.at(a)
 				}
-				got, err := m.Load64(at)
-				switch want {
-				case notifier.Kept:
-					if got != before || err != nil {
-						t.Errorf("it was announced as kept, and is %#x, %v", got, err)
-					}
-				case notifier.Zeroed:
-					if got != 0 || err != nil {
-						t.Errorf("it was announced as zeroed, and is %#x, %v", got, err)
-					}
-				case notifier.Gone:
-					if !errors.Is(err, unix.EFAULT) {
+				if want[0] == "gone" {
+					if got, err := hostmem.Load64(at.Start); !errors.Is(err, unix.EFAULT) {
 						t.Errorf("it was announced as gone, and is %#x, %v", got, err)
 					}
 				}
+				if tt.then != nil {
+					if err := tt.then(a); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if len(want) < 2 {
+					return
+				}
+				got, err := a.Load64(at.Start)
+				if err != nil || want[1] != "?" && got != words[want[1]] {
+					t.Errorf("it was announced as %s, and is %#x, %v; want %s", want[0], got, err, want[1])
+				}
 			})
+		}
+	}
+}
+
+func newAttempt(t *testing.T, backing Backing) attempt {
+	t.Helper()
+	m, r := newMemory(t, RegionConfig{Backing: backing, Size: addr.HugeSize})
+	spare, err := m.NewRegion(RegionConfig{Name: "spare", Size: addr.PageSize, Backing: backing, Reserved: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := attempt{m, r, part(r, 3, 1), spare.Range}
+	if f := r.File(); f != nil {
+		if _, err := f.WriteAt(binary.LittleEndian.AppendUint64(nil, inFile), 3*addr.PageSize); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return a
+}
+
+// needAdvice skips the test if the kernel does not take the advice for memory that
+// suits it, and mergeable memory is also memory that suits the others.
+func needAdvice(t *testing.T, advice int) {
+	t.Helper()
+	all, err := reserve(addr.HugeSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := munmap(all); err != nil {
+			t.Error(err)
+		}
+	}()
+	if err := errors.Join(mprotect(all, addr.ReadWrite), hostmem.Store64(all.Start, 1)); err != nil {
+		t.Fatal(err)
+	}
+	if err := madvise(all, advice); err != nil {
+		t.Skipf("needs a kernel that takes advice %d: %v", advice, err)
+	}
+}
+
+// checkExtents fails the test unless just those pages can be loaded from of which the
+// extents say so.
+func checkExtents(t *testing.T, m *Memory, r *Region) {
+	t.Helper()
+	for i := range min(r.Range.NPages(), pages) {
+		page := part(r, i, 1)
+		x := m.Extents(page)[0]
+		if _, err := hostmem.Load64(page.Start); (err == nil) != (x.Access&addr.Read != 0) {
+			t.Errorf("a load from page %d gives %v; it is %v", i, err, x)
 		}
 	}
 }

@@ -93,7 +93,7 @@ func (x Extent) cut(r addr.HVARange) Extent {
 func (x Extent) continues(y Extent) bool {
 	return x.Range.End == y.Range.Start && x.Mapped == y.Mapped && x.Access == y.Access && x.Why == y.Why &&
 		x.object == y.object && x.private == y.private && (x.object == nil || x.offset+int64(x.Range.Bytes()) == y.offset) &&
-		x.access == y.access && x.since == y.since && x.guard == y.guard && x.ended == y.ended
+		x.access == y.access && x.since == y.since && x.ended == y.ended // Why has the guard
 }
 
 // extents is a set of extents that do not overlap, in the order of their

@@ -12,6 +12,35 @@
 // Of every byte of a region an [Extent] says whether it is mapped, with which
 // permissions, and which operation made it so.
 //
+// # Content
+//
+// Subscribers are told what an operation does to the content of a range, which depends
+// on its backing. A page that was stored to, and what is read there afterwards:
+//
+//	                    anonymous  memfd      shared-anonymous  memfd-private
+//	Unmap               gone       gone       gone              gone
+//	Map                 zeroed     changed 1  zeroed            changed 2
+//	Map past the end               gone                         gone
+//	Protect             kept       kept       kept              kept
+//	Discard             zeroed     kept       kept              changed 2
+//	Free                changed 3  -          -                 -
+//	Punch               -          zeroed     -                 changed 4
+//	Remove              -          zeroed     zeroed            -
+//	PageOut, Collapse,
+//	Unmergeable         kept       kept       kept              kept
+//	Guard               gone       kept       kept              gone
+//	Unguard             zeroed     kept       kept              changed 2
+//	Truncate, shrink    -          gone       -                 gone
+//	Truncate, grow      -          zeroed     -                 zeroed
+//	Remap, at to        kept       kept       kept              kept
+//	RemapKeep, at from  zeroed     kept       kept              changed 2
+//	RemapKeep, at to    changed    changed    changed           changed
+//	Mergeable, Populate nothing is announced, and the content is kept
+//
+// A dash is EINVAL. 1: what the file has at the offset of the range. 2: what the file
+// has. 3: what was there, or zero from some time on. 4: what was there; zero if it was
+// not stored to. Content is changed, too, where a range has memory of more than one kind.
+//
 // # Locks
 //
 // Package internal/lockorder has the order. The extents are protected by the

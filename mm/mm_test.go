@@ -97,47 +97,102 @@ func TestOperations(t *testing.T) {
 	}
 	discard := func(i, n uint64) step { return func(m *Memory, r *Region) error { return m.Discard(part(r, i, n)) } }
 	punch := func(i, n uint64) step { return func(m *Memory, r *Region) error { return m.Punch(part(r, i, n)) } }
+	remove := func(i, n uint64) step { return func(m *Memory, r *Region) error { return m.Remove(part(r, i, n)) } }
+	free := func(i, n uint64) step { return func(m *Memory, r *Region) error { return m.Free(part(r, i, n)) } }
+	guard := func(i, n uint64) step { return func(m *Memory, r *Region) error { return m.Guard(part(r, i, n)) } }
+	unguard := func(i, n uint64) step { return func(m *Memory, r *Region) error { return m.Unguard(part(r, i, n)) } }
+	truncate := func(n uint64) step { return func(m *Memory, r *Region) error { return m.Truncate(r, n*addr.PageSize) } }
+	remapKeep := func(i, n, to uint64) step {
+		return func(m *Memory, r *Region) error { return m.RemapKeep(part(r, i, n), part(r, to, 1).Start) }
+	}
+	quiet := func(m *Memory, r *Region) error {
+		return errors.Join(m.Populate(r.Range, false), m.Populate(part(r, 1, 2), true), m.Mergeable(r.Range))
+	}
+	same := func(all string) [4]string { return [4]string{all, all, all, all} }
 	for name, tt := range map[string]struct {
-		steps       []step
-		anon, memfd string // content afterwards
-		events      string
-		extents     int
+		steps   []step
+		content [4]string // afterwards, in the order of allBackings; "": refused
+		events  string
+		extents int
 	}{
-		"unmap":                 {[]step{unmap(1, 2)}, "1 . . 4 5 6", "1 . . 4 5 6", "unmap", 3},
-		"unmap all":             {[]step{unmap(0, 6)}, ". . . . . .", ". . . . . .", "unmap", 1},
-		"map back":              {[]step{unmap(1, 2), mapBack(1, 2)}, "1 0 0 4 5 6", "1 2 3 4 5 6", "unmap map", 1},
-		"map back in parts":     {[]step{unmap(1, 3), mapBack(3, 1), mapBack(1, 2)}, "1 0 0 0 5 6", "1 2 3 4 5 6", "unmap map map", 1},
-		"map over":              {[]step{mapBack(2, 2)}, "1 2 0 0 5 6", "1 2 3 4 5 6", "unmap", 1},
-		"protect read-only":     {[]step{protect(0, 2, addr.Read)}, "ro1 ro2 3 4 5 6", "ro1 ro2 3 4 5 6", "protect", 2},
-		"protect and back":      {[]step{protect(0, 2, addr.Read), protect(0, 2, addr.ReadWrite)}, "1 2 3 4 5 6", "1 2 3 4 5 6", "protect protect", 1},
-		"protect none":          {[]step{protect(5, 1, addr.NoAccess)}, "1 2 3 4 5 -", "1 2 3 4 5 -", "protect", 2},
-		"discard":               {[]step{discard(2, 3)}, "1 2 0 0 0 6", "1 2 3 4 5 6", "clear", 1},
-		"remap onto memory":     {[]step{remap(0, 2, 4)}, ". . 3 4 1 2", ". . 3 4 1 2", "unmap remap", 0},
-		"remap into a hole":     {[]step{unmap(4, 2), remap(1, 1, 5)}, "1 . 3 4 . 2", "1 . 3 4 . 2", "unmap map remap", 5},
-		"remap keeps read-only": {[]step{protect(0, 1, addr.Read), remap(0, 1, 5)}, ". 2 3 4 5 ro1", ". 2 3 4 5 ro1", "protect unmap remap", 3},
-		"punch":                 {[]step{punch(1, 2)}, "", "1 0 0 4 5 6", "clear", 1},
-		"punch what was moved":  {[]step{remap(0, 1, 5), punch(4, 2)}, "", ". 2 3 4 0 0", "unmap remap clear", 0},
+		"unmap":                  {[]step{unmap(1, 2)}, same("1 . . 4 5 6"), "unmap", 3},
+		"unmap all":              {[]step{unmap(0, 6)}, same(". . . . . ."), "unmap", 1},
+		"map back":               {[]step{unmap(1, 2), mapBack(1, 2)}, [4]string{"1 0 0 4 5 6", "1 2 3 4 5 6", "1 0 0 4 5 6", "1 12 13 4 5 6"}, "unmap map", 1},
+		"map back in parts":      {[]step{unmap(1, 3), mapBack(3, 1), mapBack(1, 2)}, [4]string{"1 0 0 0 5 6", "1 2 3 4 5 6", "1 0 0 0 5 6", "1 12 13 14 5 6"}, "unmap map map", 1},
+		"map over":               {[]step{mapBack(2, 2)}, [4]string{"1 2 0 0 5 6", "1 2 3 4 5 6", "1 2 0 0 5 6", "1 2 13 14 5 6"}, "unmap", 1},
+		"protect read-only":      {[]step{protect(0, 2, addr.Read)}, same("ro1 ro2 3 4 5 6"), "protect", 2},
+		"protect and back":       {[]step{protect(0, 2, addr.Read), protect(0, 2, addr.ReadWrite)}, same("1 2 3 4 5 6"), "protect protect", 1},
+		"protect none":           {[]step{protect(5, 1, addr.NoAccess)}, same("1 2 3 4 5 -"), "protect", 2},
+		"discard":                {[]step{discard(2, 3)}, [4]string{"1 2 0 0 0 6", "1 2 3 4 5 6", "1 2 3 4 5 6", "1 2 13 14 15 6"}, "clear", 1},
+		"remap onto memory":      {[]step{remap(0, 2, 4)}, same(". . 3 4 1 2"), "unmap remap", 0},
+		"remap into a hole":      {[]step{unmap(4, 2), remap(1, 1, 5)}, same("1 . 3 4 . 2"), "unmap map remap", 5},
+		"remap keeps read-only":  {[]step{protect(0, 1, addr.Read), remap(0, 1, 5)}, same(". 2 3 4 5 ro1"), "protect unmap remap", 3},
+		"punch":                  {[]step{punch(1, 2)}, [4]string{"", "1 0 0 4 5 6", "", "1 2 3 4 5 6"}, "clear", 1},
+		"punch what was moved":   {[]step{remap(0, 1, 5), punch(4, 2)}, [4]string{"", ". 2 3 4 0 0", "", ". 2 3 4 5 1"}, "unmap remap clear", 0},
+		"punch, then discard":    {[]step{punch(1, 2), discard(1, 3)}, [4]string{"", "1 0 0 4 5 6", "", "1 0 0 14 5 6"}, "clear clear", 1},
+		"remove":                 {[]step{remove(1, 2)}, [4]string{"", "1 0 0 4 5 6", "1 0 0 4 5 6", ""}, "clear", 1},
+		"remove read-only":       {[]step{protect(1, 1, addr.Read), remove(1, 1)}, [4]string{"", "1 ro0 3 4 5 6", "1 ro0 3 4 5 6", ""}, "protect clear", 3},
+		"remove what was moved":  {[]step{remapKeep(0, 1, 5), remove(5, 1)}, [4]string{"", "0 2 3 4 5 0", "0 2 3 4 5 0", ""}, "unmap clear clear clear", 0},
+		"free, then discard":     {[]step{free(1, 2), discard(1, 2)}, [4]string{"1 0 0 4 5 6", "", "", ""}, "clear clear", 1},
+		"what is not announced":  {[]step{quiet}, same("1 2 3 4 5 6"), "", 1},
+		"remap keep":             {[]step{remapKeep(0, 2, 4)}, [4]string{"0 0 3 4 1 2", "1 2 3 4 1 2", "1 2 3 4 1 2", "11 12 3 4 1 2"}, "unmap clear", 0},
+		"guard":                  {[]step{guard(1, 2)}, same("1 - - 4 5 6"), "protect", 3},
+		"guard and back":         {[]step{guard(1, 2), unguard(0, 6)}, [4]string{"1 0 0 4 5 6", "1 2 3 4 5 6", "1 2 3 4 5 6", "1 12 13 4 5 6"}, "protect map", 1},
+		"guard what is guarded":  {[]step{guard(1, 2), guard(2, 2), unguard(1, 2)}, [4]string{"1 0 0 - 5 6", "1 2 3 - 5 6", "1 2 3 - 5 6", "1 12 13 - 5 6"}, "protect protect map map", 3},
+		"unguard no guard":       {[]step{unguard(1, 2)}, same("1 2 3 4 5 6"), "", 1},
+		"guard read-only":        {[]step{protect(1, 1, addr.Read), guard(1, 1), unguard(1, 1)}, [4]string{"1 ro0 3 4 5 6", "1 ro2 3 4 5 6", "1 ro2 3 4 5 6", "1 ro12 3 4 5 6"}, "protect protect map", 3},
+		"protect a guard":        {[]step{guard(1, 2), protect(1, 1, addr.Read)}, same("1 - - 4 5 6"), "protect protect", 4},
+		"and unguard it":         {[]step{guard(1, 2), protect(1, 1, addr.Read), unguard(1, 2)}, [4]string{"1 ro0 0 4 5 6", "1 ro2 3 4 5 6", "1 ro2 3 4 5 6", "1 ro12 13 4 5 6"}, "protect protect map map", 3},
+		"discard a guard":        {[]step{guard(1, 1), discard(0, 3)}, [4]string{"0 - 0 4 5 6", "1 - 3 4 5 6", "1 - 3 4 5 6", "11 - 13 4 5 6"}, "protect clear", 3},
+		"map over a guard":       {[]step{guard(1, 1), mapBack(1, 1)}, [4]string{"1 0 3 4 5 6", "1 2 3 4 5 6", "1 0 3 4 5 6", "1 12 3 4 5 6"}, "protect unmap", 1},
+		"remap a guard":          {[]step{guard(1, 1), remap(0, 2, 4)}, same(". . 3 4 1 -"), "protect unmap remap", 0},
+		"remap keep a guard":     {[]step{guard(1, 1), remapKeep(0, 2, 4)}, same(""), "", 0},
+		"punch a guard":          {[]step{guard(1, 1), punch(1, 2), unguard(1, 1)}, [4]string{"", "1 0 0 4 5 6", "", "1 0 3 4 5 6"}, "protect clear map", 1},
+		"shrink":                 {[]step{truncate(2)}, [4]string{"", "1 2 - - - -", "", "1 2 - - - -"}, "unmap", 2},
+		"shrink to nothing":      {[]step{truncate(0)}, [4]string{"", "- - - - - -", "", "- - - - - -"}, "unmap", 1},
+		"shrink and grow":        {[]step{truncate(2), truncate(4), truncate(4)}, [4]string{"", "1 2 0 0 - -", "", "1 2 0 0 - -"}, "unmap map", 2},
+		"shrink twice":           {[]step{truncate(4), truncate(2), truncate(6)}, [4]string{"", "1 2 0 0 0 0", "", "1 2 0 0 0 0"}, "unmap unmap map map", 1},
+		"map past the end":       {[]step{truncate(2), mapBack(1, 2)}, [4]string{"", "1 2 - - - -", "", "1 12 - - - -"}, "unmap unmap unmap", 2},
+		"protect past the end":   {[]step{truncate(2), protect(1, 2, addr.Read), truncate(3)}, [4]string{"", "1 ro2 ro0 - - -", "", "1 ro2 ro0 - - -"}, "unmap protect map", 3},
+		"shrink what was moved":  {[]step{remap(4, 1, 0), mapBack(4, 1), truncate(4)}, [4]string{"", "- 2 3 4 - -", "", "- 2 3 4 - -"}, "unmap remap map unmap unmap", 0},
+		"remap what has ended":   {[]step{truncate(4), remap(3, 2, 0), truncate(6)}, [4]string{"", "4 0 3 . . 0", "", "4 0 3 . . 0"}, "unmap unmap remap map map", 0},
+		"a guard past the end":   {[]step{guard(4, 1), truncate(4), truncate(6)}, [4]string{"", "1 2 3 4 - 0", "", "1 2 3 4 - 0"}, "protect unmap unmap map map", 3},
+		"unguard across the end": {[]step{guard(3, 2), truncate(4), unguard(3, 2)}, [4]string{"", "1 2 3 4 - -", "", "1 2 3 14 - -"}, "protect unmap unmap map map", 2},
+		"guard two kinds":        {[]step{protect(1, 1, addr.Read), guard(1, 2), unguard(1, 2)}, [4]string{"1 ro0 0 4 5 6", "1 ro2 3 4 5 6", "1 ro2 3 4 5 6", "1 ro12 13 4 5 6"}, "protect protect map map", 3},
+		"unguard past the end":   {[]step{truncate(4), guard(4, 1), unguard(4, 1)}, [4]string{"", "1 2 3 4 - -", "", "1 2 3 4 - -"}, "unmap protect map", 2},
 	} {
-		for _, backing := range []Backing{Anonymous, Memfd} {
-			want := tt.anon
-			if backing == Memfd {
-				want = tt.memfd
-			}
-			if want == "" {
-				continue
-			}
+		for i, backing := range allBackings {
 			t.Run(name+"/"+backing.String(), func(t *testing.T) {
+				if strings.Contains(name, "guard") {
+					needAdvice(t, unix.MADV_GUARD_INSTALL)
+				}
 				m, r := newMemory(t, RegionConfig{Size: 6 * addr.PageSize, Backing: backing})
 				for i := range uint64(6) {
+					if backing == MemfdPrivate {
+						if _, err := r.File().WriteAt([]byte{byte(11 + i)}, int64(i*addr.PageSize)); err != nil {
+							t.Fatal(err)
+						}
+					}
 					mustStore(t, m, part(r, i, 1).Start, i+1)
 				}
+				register(t, m, &funcSubscriber{end: func(inv *notifier.Invalidation) {
+					m.Walk(inv.Range, func(r addr.HVARange, access addr.Access) {
+						if access&^inv.After != 0 && !inv.Failed {
+							t.Errorf("after a %v that was to leave no more than %v, %v is %v", inv.Event, inv.After, r, access)
+						}
+					})
+				}})
 				for _, step := range tt.steps {
-					if err := step(m, r); err != nil {
+					err := step(m, r)
+					if tt.content[i] == "" && errors.Is(err, unix.EINVAL) {
+						return
+					}
+					if err != nil {
 						t.Fatal(err)
 					}
 				}
-				if got := content(t, m, r); got != want {
-					t.Errorf("memory is %q, want %q", got, want)
+				if got := content(t, m, r); got != tt.content[i] {
+					t.Errorf("memory is %q, want %q", got, tt.content[i])
 				}
 				var events []string
 				log, _ := m.log.Since(0)
@@ -149,10 +204,12 @@ func TestOperations(t *testing.T) {
 				if got := strings.Join(events, " "); got != tt.events {
 					t.Errorf("notified of %q, want %q", got, tt.events)
 				}
-				if n := len(m.Extents(r.Range)); tt.extents != 0 && n != tt.extents {
+				// Shared anonymous memory that is mapped again is another object.
+				if n := len(m.Extents(r.Range)); tt.extents != 0 && n != tt.extents && backing != SharedAnonymous {
 					t.Errorf("%d extents, want %d: %v", n, tt.extents, m.Extents(r.Range))
 				}
 				checkReserved(t, r)
+				checkExtents(t, m, r)
 			})
 		}
 	}
@@ -329,6 +386,117 @@ func TestPunchTellsOfAliases(t *testing.T) {
 	}
 	if diff := cmp.Diff([]string{"start 2+2", "start 5+1", "end 5+1", "end 2+2"}, told); diff != "" {
 		t.Errorf("told of a punch of pages 2 and 3, of which 2 is at 5 too (-want +got):\n%s", diff)
+	}
+}
+
+// TestAccessAfter: what comes back is announced with the access that it has then.
+func TestAccessAfter(t *testing.T) {
+	needAdvice(t, unix.MADV_GUARD_INSTALL)
+	m, r := newMemory(t, RegionConfig{Size: 6 * addr.PageSize, Backing: Memfd})
+	if err := errors.Join(m.Protect(part(r, 1, 1), addr.Read), m.Guard(part(r, 0, 6)), m.Truncate(r, 4*addr.PageSize)); err != nil {
+		t.Fatal(err)
+	}
+	var told []string
+	register(t, m, &funcSubscriber{start: func(inv *notifier.Invalidation) error {
+		told = append(told, fmt.Sprintf("%v %d+%d %v", inv.Event, (inv.Range.Start-r.Range.Start)/addr.PageSize, inv.Range.NPages(), inv.After))
+		return nil
+	}})
+	if err := errors.Join(m.Unguard(part(r, 1, 4)), m.Map(part(r, 3, 3)), m.Truncate(r, 5*addr.PageSize)); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]string{
+		"map 1+1 read-only", "map 2+2 read-write", "map 4+1 none", // Unguard
+		"unmap 3+1 read-write", "unmap 4+2 none", // Map
+		"map 4+1 read-write", // Truncate
+	}, told); diff != "" {
+		t.Errorf("announced (-want +got):\n%s", diff)
+	}
+}
+
+// TestExtentsOfTwoKinds: extents side by side that differ in one thing stay two.
+func TestExtentsOfTwoKinds(t *testing.T) {
+	o, c := new(object), new(Change)
+	kind := func(first uint64) Extent {
+		return Extent{Range: addr.HVAs(addr.HVA(first*addr.PageSize), addr.PageSize), Mapped: true, object: o, offset: int64(first * addr.PageSize), access: addr.ReadWrite}.settled()
+	}
+	for name, other := range map[string]func(x *Extent){
+		"as it is":              func(*Extent) {},
+		"unmapped":              func(x *Extent) { x.Mapped = false },
+		"another object":        func(x *Extent) { x.object = new(object) },
+		"no object":             func(x *Extent) { x.object = nil },
+		"another offset":        func(x *Extent) { x.offset += addr.PageSize },
+		"private":               func(x *Extent) { x.private = true },
+		"other permissions":     func(x *Extent) { x.access = addr.Read },
+		"guarded":               func(x *Extent) { x.guard = c },
+		"ended":                 func(x *Extent) { x.ended = c },
+		"taken by another":      func(x *Extent) { x.since = c },
+		"ended, below a guard":  func(x *Extent) { x.ended = c },
+		"access, below a guard": func(x *Extent) { x.access = addr.NoAccess },
+		"since, below a guard":  func(x *Extent) { x.since = c },
+	} {
+		x, y := kind(0), kind(1)
+		if strings.HasSuffix(name, "guard") {
+			x.guard = new(Change)
+			y.guard = x.guard
+		}
+		other(&y)
+		for _, order := range [][2]Extent{{x, y}, {y, x}} {
+			var s extents
+			if order[0].Range.Start != 0 { // the other way round
+				order[0].Range, order[1].Range = order[1].Range, order[0].Range
+				order[0].offset, order[1].offset = order[0].offset-addr.PageSize, order[1].offset+addr.PageSize
+			}
+			s.set(order[0].settled())
+			s.set(order[1].settled())
+			if one := len(s) == 1; one != (name == "as it is") {
+				t.Errorf("%s: they are %v", name, s)
+			}
+		}
+	}
+}
+
+// TestTruncateTellsOfAliases cuts a file of which a page is mapped twice, and lets it
+// grow.
+func TestTruncateTellsOfAliases(t *testing.T) {
+	for _, backing := range []Backing{Memfd, MemfdPrivate} {
+		m, r := newMemory(t, RegionConfig{Size: 6 * addr.PageSize, Backing: backing})
+		if err := errors.Join(m.Remap(part(r, 1, 2), part(r, 4, 2).Start), m.Map(part(r, 1, 2)), m.Protect(part(r, 5, 1), addr.Read)); err != nil {
+			t.Fatal(err)
+		}
+		var told []string
+		register(t, m, &funcSubscriber{start: func(inv *notifier.Invalidation) error {
+			told = append(told, fmt.Sprintf("%v %d+%d %v %v", inv.Event, (inv.Range.Start-r.Range.Start)/addr.PageSize, inv.Range.NPages(), inv.After, inv.Content))
+			return nil
+		}})
+		if err := errors.Join(m.Truncate(r, 2*addr.PageSize), m.Truncate(r, 3*addr.PageSize)); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff([]string{
+			"unmap 2+2 none gone", "unmap 5+1 none gone",
+			"map 2+1 read-write zeroed", "map 5+1 read-only zeroed",
+		}, told); diff != "" {
+			t.Errorf("%v: told of a cut of pages 2 to 5, of which 2 is at 5 too, and of 2 coming back (-want +got):\n%s", backing, diff)
+		}
+		if x := m.Extents(part(r, 3, 1))[0]; !x.Mapped || !strings.HasSuffix(x.String(), fmt.Sprintf("none since change 4, truncate of %v", part(r, 2, 4))) {
+			t.Errorf("page 3, which has no memory, is %v", x)
+		}
+	}
+}
+
+func TestBackingNames(t *testing.T) {
+	var names []string
+	for _, b := range append(slices.Clone(allBackings), 4) {
+		names = append(names, b.String())
+	}
+	if got, want := strings.Join(names, " "), "anonymous memfd shared-anonymous memfd-private backing(4)"; got != want {
+		t.Errorf("backings are %q, want %q", got, want)
+	}
+	m := New(nil)
+	if _, err := m.NewRegion(RegionConfig{Size: addr.PageSize, Backing: 4}); !errors.Is(err, unix.EINVAL) {
+		t.Errorf("NewRegion with a backing that there is not: %v, want EINVAL", err)
+	}
+	if err := m.Close(); err != nil {
+		t.Fatal(err)
 	}
 }
 

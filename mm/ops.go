@@ -44,7 +44,7 @@ const (
 type Error struct {
 	Op    Op
 	Range addr.HVARange
-	Made  bool  // the mappings have changed; otherwise they are as they were, unless Err says that some of them are not
+	Made  bool  // the mappings have changed; otherwise they are as they were, unless a system call failed in the middle, of which subscribers are told
 	Err   error // an errno, ErrPinned, os.ErrClosed; if Made also what subscribers reported, each a *notifier.Report
 }
 
@@ -289,14 +289,14 @@ func (m *Memory) holes(r addr.HVARange) []notifier.Invalidation {
 		}
 		return notifier.Zeroed
 	}
-	clear := func(r addr.HVARange, c notifier.Content) notifier.Invalidation {
+	zap := func(r addr.HVARange, c notifier.Content) notifier.Invalidation {
 		return notifier.Invalidation{Range: r, Event: notifier.Clear, After: addr.ReadWrite, Content: c}
 	}
-	invs := []notifier.Invalidation{clear(r, m.content(r, punched))}
+	invs := []notifier.Invalidation{zap(r, m.content(r, punched))}
 	for x := range m.extents.in(r) {
 		for _, y := range m.showing(x.object, x.offset, x.offset+int64(x.Range.Bytes())) {
 			if !r.Contains(y.Range) {
-				invs = append(invs, clear(y.Range, punched(y)))
+				invs = append(invs, zap(y.Range, punched(y)))
 			}
 		}
 	}

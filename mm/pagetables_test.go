@@ -84,7 +84,7 @@ func smallPages(t *testing.T, r addr.HVARange) {
 
 // TestPageTables has pages come and go, and compares what is shown of them.
 func TestPageTables(t *testing.T) {
-	for _, backing := range []Backing{Anonymous, Memfd} {
+	for _, backing := range allBackings {
 		t.Run(backing.String(), func(t *testing.T) {
 			m, r := newMemory(t, RegionConfig{Backing: backing, Size: 6 * addr.PageSize})
 			smallPages(t, r.Range)
@@ -135,6 +135,43 @@ func TestPageTablesFaultToRead(t *testing.T) {
 	}
 	if v, err := m.Load64(r.Range.Start); v != 0 || err != nil {
 		t.Errorf("a page that was faulted in has %d, %v", v, err)
+	}
+}
+
+// TestPageTablesOfPrivateFiles: a store to a page of the file would reach a copy, so it is
+// not writable; the copy is, until it is dropped. A guard is no page at all.
+func TestPageTablesOfPrivateFiles(t *testing.T) {
+	m, r := newMemory(t, RegionConfig{Backing: MemfdPrivate, Size: 4 * addr.PageSize})
+	p := newPageTables(t, m)
+	if _, err := r.File().WriteAt(make([]byte, r.Size), 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range []struct {
+		do   func() error
+		want string
+	}{
+		{func() error { return m.Populate(r.Range, false) }, "rrrr"},
+		{func() error { return m.Populate(part(r, 1, 2), true) }, "rwwr"},
+		{func() error { return errors.Join(m.Discard(part(r, 0, 2)), m.Populate(part(r, 1, 1), false)) }, "?rwr"},
+		{func() error { return m.Truncate(r, addr.PageSize) }, "?---"},
+	} {
+		if err := step.do(); err != nil {
+			t.Fatal(err)
+		}
+		got := p.ptes(t, r.Range)
+		if step.want[0] == '?' { // a fault maps neighbours that are in the page cache
+			got = "?" + got[1:]
+		}
+		if got != step.want {
+			t.Errorf("pages are %q, want %q", got, step.want)
+		}
+	}
+	needAdvice(t, unix.MADV_GUARD_INSTALL)
+	if err := m.Guard(part(r, 0, 1)); err != nil {
+		t.Fatal(err)
+	}
+	if got := p.ptes(t, r.Range); got != "s---" {
+		t.Errorf("pages are %q, the first of which is guarded", got)
 	}
 }
 
