@@ -207,7 +207,7 @@ func (c *Config) check() error {
 		return invalid("%d vCPUs are not in 1 to %d", c.VCPUs, guests.MaxVCPUs)
 	case c.Spare%addr.PageSize != 0:
 		return invalid("%d spare bytes are not a multiple of the page size, %d", c.Spare, addr.PageSize)
-	case c.Backing != mm.Anonymous && c.Backing != mm.Memfd:
+	case c.Backing > mm.MemfdPrivate:
 		return invalid("there is no %v", c.Backing)
 	case c.Touch > Wait:
 		return invalid("there is no %v", c.Touch)

@@ -46,7 +46,7 @@ and seconds.`,
 		Flags: []cli.Flag{
 			&cli.GenericFlag{Name: "mem", Value: (*size)(&cfg.machine.RAM), Usage: "give the guest `SIZE` of RAM: in MiB, or with a suffix K, M or G"},
 			&cli.IntFlag{Name: "vcpus", Value: 1, Destination: &cfg.machine.VCPUs, Usage: "give the guest `N` vCPUs"},
-			&cli.GenericFlag{Name: "backing", Value: &choice[mm.Backing]{&cfg.machine.Backing, []mm.Backing{mm.Anonymous, mm.Memfd}},
+			&cli.GenericFlag{Name: "backing", Value: &choice[mm.Backing]{&cfg.machine.Backing, []mm.Backing{mm.Anonymous, mm.Memfd, mm.SharedAnonymous, mm.MemfdPrivate}},
 				Usage: "map RAM from `KIND` of memory: anonymous or memfd"},
 			&cli.GenericFlag{Name: "touch", Value: &choice[vm.Touch]{&cfg.machine.Touch, []vm.Touch{vm.Stop, vm.Float, vm.Wait}},
 				Usage: "`WHAT` happens when the guest uses RAM that is not there: stop, float (an empty bus) or wait"},
