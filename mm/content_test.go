@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/internal/gvmtest"
 	"github.com/secondmmu/gvm/internal/hostmem"
 	"github.com/secondmmu/gvm/notifier"
 )
@@ -233,7 +234,7 @@ func needAdvice(t *testing.T, advice int) {
 		t.Fatal(err)
 	}
 	if err := madvise(all, advice); err != nil {
-		t.Skipf("needs a kernel that takes advice %d: %v", advice, err)
+		gvmtest.Lack(t, gvmtest.Advice, fmt.Errorf("advice %d: %w", advice, err))
 	}
 }
 

@@ -72,8 +72,10 @@ func TestFailedSystemCalls(t *testing.T) {
 			}
 			page := part(r, 3, 1)
 			mustStore(t, m, page.Start, stored)
-			if c.guarded {
+			if c.guarded || op == OpGuard {
 				needAdvice(t, unix.MADV_GUARD_INSTALL)
+			}
+			if c.guarded {
 				if err := m.Guard(part(r, 2, 3)); err != nil {
 					t.Fatal(err)
 				}

@@ -269,10 +269,10 @@ func TestPageTablesSwapped(t *testing.T) {
 	p := newPageTables(t, m)
 	mustStore(t, m, r.Range.Start, 7)
 	if err := madvise(part(r, 0, 1), unix.MADV_PAGEOUT); err != nil {
-		t.Skipf("needs MADV_PAGEOUT: %v", err)
+		gvmtest.Lack(t, gvmtest.Advice, err)
 	}
 	if got := p.ptes(t, part(r, 0, 1)); got != "s" {
-		t.Skipf("needs swap: after MADV_PAGEOUT the page is %q", got)
+		gvmtest.Lack(t, gvmtest.Swap, fmt.Errorf("after MADV_PAGEOUT the page is %q", got))
 	}
 	if err := p.Fault(part(r, 0, 2), false, true); !errors.Is(err, unix.EAGAIN) {
 		t.Errorf("a fault that would have to wait returns %v", err)
@@ -306,7 +306,7 @@ func TestHugePages(t *testing.T) {
 	m, r := newMemory(t, RegionConfig{Size: addr.HugeSize})
 	p := newPageTables(t, m)
 	if err := madvise(r.Range, unix.MADV_HUGEPAGE); err != nil {
-		t.Skipf("needs transparent huge pages: %v", err)
+		gvmtest.Lack(t, gvmtest.HugePages, err)
 	}
 	if err := p.Fault(part(r, 3, 1), true, false); err != nil {
 		t.Fatal(err)
@@ -316,7 +316,7 @@ func TestHugePages(t *testing.T) {
 		got[string(c)]++
 	}
 	if diff := cmp.Diff(map[string]int{"W": addr.HugeSize / addr.PageSize}, got); diff != "" {
-		t.Skipf("needs a huge page: after one fault there are %v", got)
+		gvmtest.Lack(t, gvmtest.HugePages, fmt.Errorf("after one fault there are %v", got))
 	}
 	if got := p.ptes(t, part(r, 5, 2)); got != "WW" {
 		t.Errorf("a part of a huge page is %q", got)

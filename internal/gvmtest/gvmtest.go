@@ -32,6 +32,9 @@ const (
 	Assembler   Feature = "as"          // the GNU assembler and linker, for x86-64
 	CC          Feature = "cc"          // a C compiler, with the kernel's headers
 	Root        Feature = "root"        // the test may change root directory and user
+	Swap        Feature = "swap"        // there is swap space that is not full
+	HugePages   Feature = "hugepages"   // transparent huge pages may be asked for
+	Advice      Feature = "advice"      // the kernel knows all of madvise(2) that is used: Linux 6.13
 )
 
 // Need skips the test, naming the reason, if the machine lacks f; it fails the
@@ -87,6 +90,8 @@ func probe(f Feature) error {
 			return errors.New("not running as root")
 		}
 		return nil
+	case Swap, HugePages, Advice:
+		return nil // tests find out by themselves, by use
 	}
 	return fmt.Errorf("unknown feature %q", f)
 }
