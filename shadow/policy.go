@@ -53,26 +53,19 @@ var policy = map[notifier.Event]reaction{
 //	Zeroed   discarded
 //	Gone     discarded: what is mapped there later is zero, or is announced by itself
 var content = map[notifier.Content]func(log *dirty.Log, r addr.GFNRange){
-	notifier.Changed: mergeRange,
+	notifier.Changed: (*dirty.Log).MarkRange,
 	notifier.Kept:    func(*dirty.Log, addr.GFNRange) {},
 	notifier.Zeroed:  (*dirty.Log).Discard,
 	notifier.Gone:    (*dirty.Log).Discard,
 }
 
-func mergeRange(log *dirty.Log, r addr.GFNRange) {
-	var s dirty.Set
-	s.AddRange(r)
-	log.Merge(&s)
-}
-
-// record records a change that has been made, or has failed half way, of the pages
-// that the frames r show.
-func record(log *dirty.Log, inv *notifier.Invalidation, r addr.GFNRange) {
+// recorder returns what records a change that has been made, or has failed half way.
+func recorder(inv *notifier.Invalidation) func(log *dirty.Log, r addr.GFNRange) {
 	did, ok := content[inv.Content]
 	if !ok || inv.Failed && inv.Content != notifier.Kept {
-		did = mergeRange
+		return (*dirty.Log).MarkRange
 	}
-	did(log, r)
+	return did
 }
 
 // narrowed returns the access that is left of access in r, while inv is open.

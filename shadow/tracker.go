@@ -210,9 +210,12 @@ func (t *Tracker) recordLocked(inv *notifier.Invalidation) {
 	if t.slots.mutant == contentUnrecorded {
 		return
 	}
+	record := recorder(inv)
+	idx := t.table.domain.ReadLock() // marks are made in sections
+	defer t.table.domain.ReadUnlock(idx)
 	for w := range t.Slots().windows.inHVAs(inv.Range) {
 		both := w.HVAs().Intersect(inv.Range)
-		record(t.table.log, inv, frames(w.gfn(both.Start), both.NPages()))
+		record(t.table.log, frames(w.gfn(both.Start), both.NPages()))
 	}
 }
 

@@ -87,16 +87,16 @@ func (u *user) hold(gpa addr.GPA, want addr.Access) (hva addr.HVA, n uint64, idx
 	gfn := gpa.GFN()
 	for {
 		idx = u.enter()
-		x := u.last
-		if x.zaps != u.t.zaps.Load() || uint64(gfn-x.first) >= x.pages || !x.e.allows(want) {
-			x = u.walk(gfn, want)
+		e, first, pages := u.last.e, u.last.first, u.last.pages
+		if u.last.zaps != u.t.zaps.Load() || uint64(gfn-first) >= pages || !e.allows(want) {
+			e, first, pages = u.walk(gfn, want)
 		}
-		if x.pages > 0 {
+		if pages > 0 {
 			if want&addr.Write != 0 {
-				u.t.mark(gfn, x.e)
+				u.t.mark(gfn, e)
 			}
-			offset := uint64(gpa - x.first.GPA())
-			return x.e.hva() + addr.HVA(offset), x.pages<<addr.PageShift - offset, idx, nil
+			offset := uint64(gpa - first.GPA())
+			return e.hva() + addr.HVA(offset), pages<<addr.PageShift - offset, idx, nil
 		}
 		u.leave(idx)
 		if err := u.t.fault(u.ctx, gfn, want); err != nil {
@@ -105,20 +105,24 @@ func (u *user) hold(gpa addr.GPA, want addr.Access) (hva addr.HVA, n uint64, idx
 	}
 }
 
-// walk looks for a translation of gfn in the tables, and makes it young. It returns none
-// if there is none that allows want.
-func (u *user) walk(gfn addr.GFN, want addr.Access) (x translation) {
+// walk looks for a translation of gfn in the tables, and makes it young. It returns the
+// entry and the frames that it translates, of which there are none if it does not allow
+// want.
+func (u *user) walk(gfn addr.GFN, want addr.Access) (e entry, first addr.GFN, pages uint64) {
 	zaps := u.t.zaps.Load()
 	e, c, level := u.t.find(gfn)
 	if !e.allows(want) {
-		return translation{}
+		return 0, 0, 0
 	}
-	c.age(e)
-	x = translation{zaps, gfn &^ addr.GFN(levelPages(level)-1), levelPages(level), e}
+	if e&young == 0 {
+		c.age(e)
+	}
+	pages = levelPages(level)
+	first = gfn &^ addr.GFN(pages-1)
 	if u.reader != nil { // the Table's user is everybody's
-		u.last = x
+		u.last = translation{zaps, first, pages, e}
 	}
-	return x
+	return e, first, pages
 }
 
 var errMisaligned error = &errnoError{"the address is not a multiple of the word's size", syscall.EINVAL}
