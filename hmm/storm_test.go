@@ -120,7 +120,7 @@ func TestM8StormIsCoherent(t *testing.T) {
 	seed := gvmtest.Seed(t)
 	rounds := 4
 	for round := range rounds {
-		stormRound(t, seed+uint64(round), stormLasts(240*time.Millisecond)/time.Duration(rounds))
+		stormRound(t, seed+uint64(round), gvmtest.StormLasts(240*time.Millisecond)/time.Duration(rounds))
 		if t.Failed() {
 			return
 		}
@@ -266,7 +266,7 @@ func TestM3StormOfRegistrations(t *testing.T) {
 			r.Done()
 		}
 	})
-	lasts := stormLasts(160 * time.Millisecond)
+	lasts := gvmtest.StormLasts(160 * time.Millisecond)
 	time.Sleep(lasts / 2) // a storm lasts some time
 	w.exit()
 	time.Sleep(lasts / 2)

@@ -3,7 +3,6 @@ package hmm
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"runtime/debug"
 	"slices"
@@ -22,19 +21,6 @@ import (
 // schedule does, it is a check: a function that makes the schedule step by step, and
 // returns an error if the package breaks the invariant. The checks run as tests on the
 // package as it is, and in TestMutants with a defect.
-
-var storm = flag.Duration("storm", 0, "how long each storm lasts; 0: not long")
-
-// stormLasts returns how long a storm lasts.
-func stormLasts(d time.Duration) time.Duration {
-	switch {
-	case *storm > 0:
-		return *storm
-	case testing.Short() || lockorder.Enabled:
-		return d / 4
-	}
-	return d
-}
 
 // consumer has the driver's lock checked against the order.
 func (d *device) lock() {

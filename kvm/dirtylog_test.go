@@ -161,7 +161,7 @@ func logVM(flags DirtyLogFlags) func(testing.TB) *VM {
 			t.Fatal(err)
 		}
 		if DirtyLogFlags(n)&flags != flags {
-			t.Skipf("%v has %v; this needs %v", CapManualDirtyLogProtect2, DirtyLogFlags(n), flags)
+			gvmtest.Lack(t, gvmtest.KVMCaps, fmt.Errorf("%v has %v; this needs %v", CapManualDirtyLogProtect2, DirtyLogFlags(n), flags))
 		}
 		if err := vm.EnableManualDirtyLogProtect(flags); err != nil {
 			t.Fatal(err)

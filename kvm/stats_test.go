@@ -12,7 +12,7 @@ import (
 func TestStats(t *testing.T) {
 	m := newMachine(t, 0xa1, 0x00, 0x80, 0xf4) // mov mmio, %ax; hlt
 	if n, err := m.CheckExtension(CapBinaryStatsFD); err != nil || n == 0 {
-		t.Skipf("%v: %d, %v", CapBinaryStatsFD, n, err)
+		gvmtest.Lack(t, gvmtest.KVMCaps, fmt.Errorf("%v: %d, %v", CapBinaryStatsFD, n, err))
 	}
 	vm, err := m.Stats()
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/internal/gvmtest"
 )
 
 func TestMemFlagsString(t *testing.T) {
@@ -76,7 +77,7 @@ func TestGuestMemfd(t *testing.T) {
 	vm := newVM(t)
 	const flags = GuestMemfdMmap | GuestMemfdInitShared
 	if n, err := vm.CheckExtension(CapGuestMemfdFlags); err != nil || GuestMemfdFlags(n)&flags != flags {
-		t.Skipf("%v has flags 0x%x, %v; this needs 0x%x", CapGuestMemfdFlags, n, err, uint64(flags))
+		gvmtest.Lack(t, gvmtest.KVMCaps, fmt.Errorf("%v has flags 0x%x, %v; this needs 0x%x", CapGuestMemfdFlags, n, err, uint64(flags)))
 	}
 	f, err := vm.CreateGuestMemfd(2*addr.PageSize, flags)
 	if err != nil {
@@ -111,7 +112,7 @@ func TestSetMemoryRegion2Plain(t *testing.T) {
 	ram := newRAM(t, addr.PageSize)
 	vm := newVM(t)
 	if n, err := vm.CheckExtension(CapUserMemory2); err != nil || n == 0 {
-		t.Skipf("%v: %d, %v", CapUserMemory2, n, err)
+		gvmtest.Lack(t, gvmtest.KVMCaps, fmt.Errorf("%v: %d, %v", CapUserMemory2, n, err))
 	}
 	if err := vm.SetMemoryRegion2(MemoryRegion2{MemoryRegion: MemoryRegion{Size: addr.PageSize, HVA: hvaOf(ram)}}); err != nil {
 		t.Error(err)
@@ -128,7 +129,7 @@ func TestEnableCap(t *testing.T) {
 		t.Fatal(err)
 	}
 	if quirks == 0 {
-		t.Skipf("%v: no quirks to disable", CapDisableQuirks2)
+		gvmtest.Lack(t, gvmtest.KVMCaps, fmt.Errorf("%v: no quirks to disable", CapDisableQuirks2))
 	}
 	if err := vm.EnableCap(CapDisableQuirks2, 0, uint64(quirks)); err != nil {
 		t.Error(err)

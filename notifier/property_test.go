@@ -2158,7 +2158,7 @@ var propMutants = []struct {
 // one fails.
 func TestPropertyNoticesMutants(t *testing.T) {
 	if gvmtest.Race {
-		t.Skip("some of the defects are data races, which the race detector notices first")
+		gvmtest.OtherBuild(t, "some of the defects are data races, which the race detector notices first")
 	}
 	const most = 4000
 	for _, tt := range propMutants {

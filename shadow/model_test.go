@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -21,8 +20,6 @@ import (
 	"github.com/secondmmu/gvm/internal/gvmtest"
 	"github.com/secondmmu/gvm/notifier"
 )
-
-var timeFlag = flag.Duration("storm", 0, "how long TestStorm lasts; 0: not long")
 
 // model is what a bed should do, obviously: memory is an array, what a guest frame
 // shows is a map, and so is what was written and used.
@@ -370,12 +367,7 @@ func TestStorm(t *testing.T) {
 		users    = 3
 		mutators = 2
 	)
-	length := 300 * time.Millisecond
-	if *timeFlag > 0 {
-		length = *timeFlag
-	} else if testing.Short() {
-		length /= 4
-	}
+	length := gvmtest.StormLasts(300 * time.Millisecond)
 	rng := gvmtest.Rand(t)
 	b := newBed(sound, bedPages)
 	first, pages := aliasLen, bedPages-aliasLen // pages that are shown once

@@ -27,6 +27,7 @@ type Feature string
 // The features that tests need.
 const (
 	KVM         Feature = "kvm"         // /dev/kvm can be opened for reading and writing
+	KVMCaps     Feature = "kvmcaps"     // KVM has every capability that is used
 	UFFD        Feature = "uffd"        // userfaultfd(2) is permitted
 	Tracepoints Feature = "tracepoints" // KVM's tracepoints can be opened through perf
 	Assembler   Feature = "as"          // the GNU assembler and linker, for x86-64
@@ -90,7 +91,7 @@ func probe(f Feature) error {
 			return errors.New("not running as root")
 		}
 		return nil
-	case Swap, HugePages, Advice:
+	case KVMCaps, Swap, HugePages, Advice:
 		return nil // tests find out by themselves, by use
 	}
 	return fmt.Errorf("unknown feature %q", f)

@@ -67,7 +67,7 @@ func TestFaultsAreErrors(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			if gvmtest.Race && tt.atomicStore {
-				t.Skip("the race detector's own atomic store faults on a stack that the runtime cannot unwind")
+				gvmtest.OtherBuild(t, "the race detector's own atomic store faults on a stack that the runtime cannot unwind")
 			}
 			err := tt.do()
 			var f *Fault
