@@ -23,14 +23,16 @@ const module = "github.com/secondmmu/gvm/"
 // rooms is what each package may import of the module, and from outside of it
 // apart from the standard library. Imports point down this list.
 var rooms = []struct{ name, imports string }{
-	{"cmd/gvm", "demo doctor vm mm guests addr github.com/urfave/cli/v2 golang.org/x/sys/unix"},
+	{"cmd/gvm", "demo doctor epoch hostops vm mm guests addr github.com/urfave/cli/v2 github.com/schollz/progressbar/v3 golang.org/x/term golang.org/x/sys/unix"},
 	{"demo", "vm mm guests trace addr"},
+	{"epoch", "vm hostops dirty guests addr golang.org/x/sys/unix"},
 	{"doctor", "vm mm kvm guests internal/uffd internal/pagemap internal/tracefs internal/perf addr golang.org/x/sys/unix"},
 	{"vm", "shadow mm dirty kvm guests trace internal/lockorder addr golang.org/x/sys/unix golang.org/x/arch/x86/x86asm"},
 	{"guests", "addr"},
 	{"shadow", "notifier dirty srcu trace internal/hostmem internal/interval internal/lockorder addr"},
 	{"hmm", "notifier srcu internal/lockorder addr"},
-	{"mm", "notifier trace internal/hostmem internal/pagemap addr golang.org/x/sys/unix"},
+	{"hostops", "mm addr golang.org/x/sys/unix"},
+	{"mm", "notifier trace internal/hostmem internal/uffd internal/pagemap addr golang.org/x/sys/unix"},
 	{"dirty", "srcu addr"},
 	{"notifier", "srcu internal/interval internal/lockorder addr golang.org/x/sync/semaphore"},
 	{"srcu", "internal/goid golang.org/x/sys/unix"},

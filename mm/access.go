@@ -62,8 +62,19 @@ func (m *Memory) access(want addr.Access, r addr.HVARange, use func() error) err
 	if m.closed {
 		return &AccessError{Access: want, Range: r, Why: "guest memory", Err: os.ErrClosed}
 	}
+	if err := m.extents.allow(want, r); err != nil {
+		return err
+	}
+	if err := use(); err != nil {
+		return &AccessError{Access: want, Range: r, Why: "it faulted although it was mapped here", Err: err}
+	}
+	return nil
+}
+
+// allow returns an *AccessError if the extents do not allow an access to all of r.
+func (s extents) allow(want addr.Access, r addr.HVARange) error {
 	at := r.Start
-	for x := range m.extents.in(r) {
+	for x := range s.in(r) {
 		if x.Range.Start > at {
 			break
 		}
@@ -74,10 +85,6 @@ func (m *Memory) access(want addr.Access, r addr.HVARange, use func() error) err
 	}
 	if at < r.End {
 		return &AccessError{Access: want, Range: r, Why: fmt.Sprintf("%v is not guest memory", at), Err: unix.EFAULT}
-	}
-
-	if err := use(); err != nil {
-		return &AccessError{Access: want, Range: r, Why: "it faulted although it was mapped here", Err: err}
 	}
 	return nil
 }

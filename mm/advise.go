@@ -29,7 +29,7 @@ func (m *Memory) Discard(r addr.HVARange) error {
 // fault may take the page back. A copy of the page, as of a snapshot, may have what was
 // there or zero, and neither is wrong.
 func (m *Memory) Free(r addr.HVARange) error {
-	return m.clear(OpFree, r, unix.MADV_FREE, changed, func(x Extent) error {
+	return m.clear(OpFree, r, unix.MADV_FREE, uncertain, func(x Extent) error {
 		if x.object != nil {
 			return fmt.Errorf("%v is not private anonymous memory: %w", x.Range, unix.EINVAL)
 		}
@@ -67,8 +67,7 @@ func (m *Memory) Collapse(r addr.HVARange) error {
 // would tell nobody. Nor does anybody have to know: addresses and content stay, and a store
 // to a merged page replaces it by a copy, as in a fresh mapping.
 func (m *Memory) Mergeable(r addr.HVARange) error {
-	return m.change(operation{
-		op: OpMergeable, r: r,
+	return m.change(request{op: OpMergeable, r: r}, operation{
 		check: func() error { return m.mapped(r) },
 		do:    func(*Region) error { return madvise(r, unix.MADV_MERGEABLE) },
 	})
@@ -87,11 +86,9 @@ func (m *Memory) clear(op Op, r addr.HVARange, advice int, content func(Extent) 
 	if refuse == nil {
 		refuse = func(Extent) error { return nil }
 	}
-	return m.change(operation{
-		op: op, r: r,
-		brackets: func() []notifier.Invalidation {
-			inv := notifier.Invalidation{Range: r, Event: notifier.Clear, After: addr.ReadWrite, Content: m.content(r, content)}
-			return []notifier.Invalidation{inv}
+	return m.change(request{op: op, r: r}, operation{
+		brackets: func(invs []notifier.Invalidation) []notifier.Invalidation {
+			return append(invs, m.cleared(r, content))
 		},
 		check: func() error { return m.each(r, refuse) },
 		do:    func(*Region) error { return madvise(r, advice) },
@@ -100,20 +97,27 @@ func (m *Memory) clear(op Op, r addr.HVARange, advice int, content func(Extent) 
 
 // Remove frees the memory that is mapped at r, which is shared, as madvise(2) does with
 // MADV_REMOVE. As after Punch, all shared mappings of it read zero, and a page of which a
-// private one has a copy is as it was.
+// private one has a copy is as it was. The error is EOPNOTSUPP if it is a file's whose file
+// system cannot do it.
 func (m *Memory) Remove(r addr.HVARange) error {
-	return m.change(operation{
-		op: OpRemove, r: r,
-		brackets: func() []notifier.Invalidation { return m.holes(r) },
+	return m.change(request{op: OpRemove, r: r}, operation{
+		brackets: func(invs []notifier.Invalidation) []notifier.Invalidation { return m.holes(invs, r) },
 		check: func() error {
 			return m.each(r, func(x Extent) error {
 				if x.object == nil || x.private {
 					return fmt.Errorf("%v is not shared: %w", x.Range, unix.EINVAL)
 				}
-				return nil
+				return m.freeable(x)
 			})
 		},
-		do: func(*Region) error { return madvise(r, unix.MADV_REMOVE) },
+		do: func(*Region) error {
+			for x := range m.extents.in(r) {
+				if err := madvise(x.Range, unix.MADV_REMOVE); err != nil {
+					return x.noHole(err)
+				}
+			}
+			return nil
+		},
 	})
 }
 
@@ -129,11 +133,11 @@ func (m *Memory) Guard(r addr.HVARange) error {
 		}
 		return notifier.Kept
 	}
-	return m.change(operation{
-		op: OpGuard, r: r,
-		brackets: func() []notifier.Invalidation {
-			inv := notifier.Invalidation{Range: r, Event: notifier.Protect, After: addr.NoAccess, Content: m.content(r, lost)}
-			return []notifier.Invalidation{inv}
+	return m.change(request{op: OpGuard, r: r}, operation{
+		brackets: func(invs []notifier.Invalidation) []notifier.Invalidation {
+			inv := m.cleared(r, lost)
+			inv.Event, inv.After = notifier.Protect, addr.NoAccess
+			return append(invs, inv)
 		},
 		check: func() error { return m.mapped(r) },
 		do:    func(*Region) error { return madvise(r, unix.MADV_GUARD_INSTALL) },
@@ -148,9 +152,8 @@ func (m *Memory) Guard(r addr.HVARange) error {
 // memory reads zero then, a private mapping of a file what that has, and shared memory
 // what it did.
 func (m *Memory) Unguard(r addr.HVARange) error {
-	return m.change(operation{
-		op: OpUnguard, r: r,
-		brackets: func() (invs []notifier.Invalidation) {
+	return m.change(request{op: OpUnguard, r: r}, operation{
+		brackets: func(invs []notifier.Invalidation) []notifier.Invalidation {
 			for x := range m.extents.in(r) {
 				if x.guard != nil {
 					x.guard = nil

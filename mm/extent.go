@@ -49,11 +49,13 @@ type Extent struct {
 
 // object is memory that there is apart from its mappings: more than one may show it.
 type object struct {
-	file *os.File // nil for shared anonymous memory, whose file has no descriptor
+	id fileID // of its file
 
 	// What follows is protected by the mapping lock.
-	size  int64   // in bytes; nothing backs a mapping from there on
-	ended *Change // the newest that made it smaller, or nil
+	file     *os.File // a region's descriptor of it; nil for shared anonymous memory, whose file has none
+	writable bool     // that is open for writing
+	size     int64    // in bytes, whole pages; nothing backs a mapping from there on
+	ended    *Change  // the newest that made it smaller, or nil
 }
 
 func (x Extent) String() string {
@@ -190,14 +192,13 @@ type history struct {
 }
 
 // add remembers the change that follows the newest.
-func (h *history) add(c Change) *Change {
+func (h *history) add(c Change) {
 	h.n = c.Seq
 	if len(h.ring) < historyLen {
 		h.ring = append(h.ring, c)
 	} else {
 		h.ring[(h.n-1)%historyLen] = c
 	}
-	return &c
 }
 
 // last returns the newest change that is remembered and touched r.

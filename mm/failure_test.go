@@ -139,10 +139,10 @@ func withWrongFile(t *testing.T, region *Region, do func() error) error {
 	if err != nil {
 		t.Fatal(err)
 	}
-	file := region.object.file
-	region.object.file = r
+	file := region.file
+	region.file, region.object.file = r, r
 	err = do()
-	region.object.file = file
+	region.file, region.object.file = file, file
 	if err := errors.Join(r.Close(), w.Close()); err != nil {
 		t.Fatal(err)
 	}

@@ -17,7 +17,8 @@
 // Subscribers are told what an operation does to the content of a range, which depends
 // on its backing. A page that was stored to, and what is read there afterwards:
 //
-//	                    anonymous  memfd      shared-anonymous  memfd-private
+//	                               memfd,                       memfd-private,
+//	                    anonymous  file       shared-anonymous  file-private
 //	Unmap               gone       gone       gone              gone
 //	Map                 zeroed     changed 1  zeroed            changed 2
 //	Map past the end               gone                         gone
@@ -35,11 +36,18 @@
 //	Remap, at to        kept       kept       kept              kept
 //	RemapKeep, at from  zeroed     kept       kept              changed 2
 //	RemapKeep, at to    changed    changed    changed           changed
+//	Fork                kept       -          -                 kept
 //	Mergeable, Populate nothing is announced, and the content is kept
 //
-// A dash is EINVAL. 1: what the file has at the offset of the range. 2: what the file
-// has. 3: what was there, or zero from some time on. 4: what was there; zero if it was
-// not stored to. Content is changed, too, where a range has memory of more than one kind.
+// A dash is EINVAL, but for Fork, which announces nothing of shared memory. 1: what the
+// file has at the offset of the range. 2: what the file has. 3: what was there, or zero
+// from some time on. 4: what was there; zero if it was not stored to. Content is changed,
+// too, where a range has memory of more than one kind.
+//
+// A memory file and a file of the caller's differ in what the file system can do. Not
+// all of them punch holes: where one does not, Punch and Remove fail with EOPNOTSUPP, and
+// nothing has changed. Nor do all have huge pages to collapse to, and what is paged out of
+// a file is written to it first.
 //
 // # Locks
 //
@@ -60,6 +68,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -76,10 +85,13 @@ const (
 	Memfd                          // a shared mapping of a memory file: a discarded page comes back as it was, a punched one reads zero
 	SharedAnonymous                // shared and anonymous: as Memfd, but what is unmapped is lost, and holes are made by Remove
 	MemfdPrivate                   // a private mapping of a memory file: a page that was stored to is a copy, and the file's again once discarded
+	File                           // a shared mapping of RegionConfig.File, otherwise as Memfd: stores reach the file
+	FilePrivate                    // a private mapping of RegionConfig.File, otherwise as MemfdPrivate: the file is as it was
 )
 
 var backings = [...]string{
 	Anonymous: "anonymous", Memfd: "memfd", SharedAnonymous: "shared-anonymous", MemfdPrivate: "memfd-private",
+	File: "file", FilePrivate: "file-private",
 }
 
 func (b Backing) String() string {
@@ -89,8 +101,14 @@ func (b Backing) String() string {
 	return fmt.Sprintf("backing(%d)", uint8(b))
 }
 
-// hasFile reports whether regions of that backing have a memory file.
-func (b Backing) hasFile() bool { return b == Memfd || b == MemfdPrivate }
+// hasFile reports whether regions of that backing show a file that has a descriptor.
+func (b Backing) hasFile() bool { return b == Memfd || b == MemfdPrivate || b.named() }
+
+// named reports whether that file is the caller's.
+func (b Backing) named() bool { return b == File || b == FilePrivate }
+
+// private reports whether a store to such a region makes a copy of the page of its file.
+func (b Backing) private() bool { return b == MemfdPrivate || b == FilePrivate }
 
 // ErrPinned is returned for an operation on a pinned region.
 var ErrPinned = errors.New("the region is pinned: its mappings do not change")
@@ -100,6 +118,17 @@ type RegionConfig struct {
 	Name    string // for messages, and the name of the memory file
 	Size    uint64 // bytes; a positive multiple of the page size
 	Backing Backing
+
+	// File is what File and FilePrivate map, from Offset on: a regular file, with Size
+	// bytes from there on, open for reading, and for File for writing too. NewRegion
+	// duplicates the descriptor: the caller closes his own when he likes, and the
+	// region has its own until it goes. nil for other backings.
+	//
+	// Regions may show the same file, also the same bytes of it: operations of one
+	// announce what becomes of the others. Stores are not announced, so what one writes
+	// of a shared file is not in the dirty set of another.
+	File   *os.File
+	Offset int64 // bytes; a multiple of the page size; 0 for other backings
 
 	// Pinned makes operations refuse the region. It is for memory whose change
 	// under a guest cannot be made coherent: guest page tables, on hosts that
@@ -116,7 +145,8 @@ type Region struct {
 	RegionConfig
 	Range addr.HVARange // Range.Start is aligned to addr.HugeSize
 
-	object   *object       // the memory file, or nil
+	object   *object       // of its file, or nil
+	file     *os.File      // a descriptor of that; the region's own
 	reserved addr.HVARange // what was taken from the process's address space: Range and padding behind it
 }
 
@@ -125,24 +155,26 @@ func (r *Region) String() string { return fmt.Sprintf("region %q %v", r.Name, r.
 // Memory is the host memory of one guest. Its methods may be called from any
 // goroutine.
 type Memory struct {
-	as  *notifier.AddressSpace
-	log *trace.Log
+	as    *notifier.AddressSpace
+	log   *trace.Log
+	start time.Time // when it was made; immutable
 
 	reports reports
 
 	changes atomic.Uint64 // carried out so far; written with the mapping lock held
 
 	// What follows is protected by the mapping lock of as.
-	closed  bool
-	regions []*Region
-	extents extents
-	history history
+	closed   bool
+	regions  []*Region
+	extents  extents
+	history  history
+	brackets []notifier.Invalidation // of the operation in progress; kept to be used again
 }
 
 // New returns a memory without regions, in an address space of its own. What is
 // done to it is recorded in log, which may be nil.
 func New(log *trace.Log) *Memory {
-	m := &Memory{log: log}
+	m := &Memory{log: log, start: time.Now()}
 	m.as = notifier.New(notifier.Options{Teardown: m.teardown, Report: m.reports.add})
 	return m
 }
@@ -210,43 +242,42 @@ func (m *Memory) NewRegion(c RegionConfig) (*Region, error) {
 		return fail(err)
 	}
 	r.Range = addr.HVAs(r.reserved.Start, c.Size)
-	if c.Backing.hasFile() {
-		file, err := memoryFile("gvm-"+c.Name, c.Size)
-		if err != nil {
-			return fail(errors.Join(err, munmap(r.reserved)))
-		}
-		r.object = &object{file: file, size: int64(c.Size)}
+	opened, err := r.open()
+	if err != nil {
+		return fail(errors.Join(err, r.free()))
 	}
+	r.object = m.known(opened)
 	x := Extent{Range: r.Range}
 	if !c.Reserved {
 		x = r.mapping(r.Range)
-		if err := mapFixed(x); err != nil {
+		if err := mapFixed(x, r.file); err != nil {
 			return fail(errors.Join(err, r.free()))
 		}
+	}
+	if r.object != opened {
+		r.object.merge(opened)
 	}
 	m.regions = append(m.regions, r)
 	m.extents.set(x)
 	return r, nil
 }
 
-// File returns the memory file of the region, or nil if it has none. It belongs to the
-// region, which closes it. Who writes to it changes what mappings of it show, but for
-// pages that a private one has copies of, and nobody is told; who changes its size other
-// than by Truncate takes memory away behind the back of the guest.
-func (r *Region) File() *os.File {
-	if r.object == nil {
-		return nil
-	}
-	return r.object.file
-}
+// File returns the file that the region shows, or nil if it has none. It belongs to the
+// region, which closes it, also if it was opened from RegionConfig.File.
+//
+// Who writes to the file changes what mappings of it show, but for pages that a private
+// one has copies of, and nobody is told. Who changes its size other than by Truncate takes
+// memory away behind the back of the guest, or has Map find less than it announces: an
+// access to what is missing is EFAULT, as for a guest, and nothing is corrupted.
+func (r *Region) File() *os.File { return r.file }
 
-// mapping is what the part s of the region is when it is mapped as at first, if the
-// memory file is as long as it was.
+// mapping is what the part s of the region is when it is mapped as at first, if its
+// file is as long as it was.
 func (r *Region) mapping(s addr.HVARange) Extent {
 	x := Extent{Range: s, Mapped: true, access: addr.ReadWrite}
 	switch {
 	case r.Backing.hasFile():
-		x.object, x.offset, x.private = r.object, int64(s.Start-r.Range.Start), r.Backing == MemfdPrivate
+		x.object, x.offset, x.private = r.object, r.Offset+int64(s.Start-r.Range.Start), r.Backing.private()
 	case r.Backing == SharedAnonymous:
 		x.object = &object{size: int64(s.Bytes())}
 	}
@@ -268,8 +299,8 @@ func (x Extent) backed() [2]Extent {
 // free gives the region's addresses and its file back.
 func (r *Region) free() error {
 	err := munmap(r.reserved)
-	if r.object != nil {
-		err = errors.Join(err, r.object.file.Close())
+	if r.file != nil {
+		err = errors.Join(err, r.file.Close())
 	}
 	return err
 }

@@ -3,8 +3,8 @@ package mm
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"os"
-	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -37,6 +37,7 @@ const (
 	OpGuard       Op = "guard"       // MADV_GUARD_INSTALL
 	OpUnguard     Op = "unguard"     // MADV_GUARD_REMOVE
 	OpTruncate    Op = "truncate"    // ftruncate(2)
+	OpFork        Op = "fork"        // fork(2), of a child that keeps the memory
 )
 
 // Error is an operation that was not carried out, or in which something went
@@ -67,23 +68,23 @@ func (e *Error) Unwrap() error { return e.Err }
 // Errors are of type *Error. Subscribers cannot refuse, but an operation that was
 // carried out returns what they reported, such as slots that could not follow.
 func (m *Memory) Unmap(r addr.HVARange) error {
-	return m.change(operation{
-		op: OpUnmap, r: r,
-		brackets: one(notifier.Invalidation{Range: r, Event: notifier.Unmap, After: addr.NoAccess, Content: notifier.Gone}),
-		do:       func(*Region) error { return reserveFixed(r) },
-		becomes:  func(c *Change, _ *Region) []Extent { return []Extent{{Range: r, Why: c}} },
+	return m.change(request{op: OpUnmap, r: r}, operation{
+		brackets: func(invs []notifier.Invalidation) []notifier.Invalidation {
+			return append(invs, notifier.Invalidation{Range: r, Event: notifier.Unmap, After: addr.NoAccess, Content: notifier.Gone})
+		},
+		do:      func(*Region) error { return reserveFixed(r) },
+		becomes: func(c *Change, _ *Region) []Extent { return []Extent{{Range: r, Why: c}} },
 	})
 }
 
 // Map maps r as its region was mapped at first, readable and writable, in place
 // of whatever is there, as mmap(2) does with MAP_FIXED: anonymous memory reads
-// zero, also if it is shared; a memory file shows its content at the offset that
+// zero, also if it is shared; a file shows its content at the offset that
 // belongs to r, and nothing can be used past its end.
 func (m *Memory) Map(r addr.HVARange) error {
 	var x Extent
-	return m.change(operation{
-		op: OpMap, r: r,
-		brackets: func() (invs []notifier.Invalidation) {
+	return m.change(request{op: OpMap, r: r}, operation{
+		brackets: func(invs []notifier.Invalidation) []notifier.Invalidation {
 			x = m.region(r).mapping(r)
 			for _, y := range x.backed() {
 				if !y.Range.Empty() {
@@ -94,7 +95,7 @@ func (m *Memory) Map(r addr.HVARange) error {
 			}
 			return invs
 		},
-		do: func(*Region) error { return mapFixed(x) },
+		do: func(region *Region) error { return mapFixed(x, region.file) },
 		becomes: func(*Change, *Region) (xs []Extent) {
 			for _, y := range x.backed() {
 				if !y.Range.Empty() {
@@ -121,11 +122,12 @@ func (x Extent) fresh() notifier.Content {
 // guarded, or past the end of its file, stays without access, and has the permissions
 // once it is neither.
 func (m *Memory) Protect(r addr.HVARange, access addr.Access) error {
-	return m.change(operation{
-		op: OpProtect, r: r,
-		brackets: one(notifier.Invalidation{Range: r, Event: notifier.Protect, After: access, Content: notifier.Kept}),
-		check:    func() error { return m.mapped(r) },
-		do:       func(*Region) error { return mprotect(r, access) },
+	return m.change(request{op: OpProtect, r: r}, operation{
+		brackets: func(invs []notifier.Invalidation) []notifier.Invalidation {
+			return append(invs, notifier.Invalidation{Range: r, Event: notifier.Protect, After: access, Content: notifier.Kept})
+		},
+		check: func() error { return m.mapped(r) },
+		do:    func(*Region) error { return mprotect(r, access) },
 		becomes: func(c *Change, _ *Region) []Extent {
 			if access == addr.ReadWrite {
 				c = nil
@@ -144,14 +146,14 @@ func (m *Memory) extentsWith(r addr.HVARange, set func(*Extent)) (xs []Extent) {
 	return xs
 }
 
-// Punch frees the part of the memory file that is mapped at r, as fallocate(2)
+// Punch frees the part of the file that is mapped at r, as fallocate(2)
 // does with FALLOC_FL_PUNCH_HOLE. Every shared mapping of it reads zero then; of a
 // private one, a page that was stored to is as it was. All of r is mapped from a
-// file.
+// file, which is open for writing, or the error is EBADF. It is EOPNOTSUPP if the file
+// system cannot do it.
 func (m *Memory) Punch(r addr.HVARange) error {
-	return m.change(operation{
-		op: OpPunch, r: r,
-		brackets: func() []notifier.Invalidation { return m.holes(r) },
+	return m.change(request{op: OpPunch, r: r}, operation{
+		brackets: func(invs []notifier.Invalidation) []notifier.Invalidation { return m.holes(invs, r) },
 		check: func() error {
 			return m.each(r, func(x Extent) error {
 				switch {
@@ -160,14 +162,13 @@ func (m *Memory) Punch(r addr.HVARange) error {
 				case x.object.file == nil:
 					return fmt.Errorf("%v is anonymous and has no file to punch; remove it instead: %w", x.Range, unix.EINVAL)
 				}
-				return nil
+				return m.freeable(x)
 			})
 		},
 		do: func(*Region) error {
 			for x := range m.extents.in(r) {
-				const mode = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
-				if err := unix.Fallocate(int(x.object.file.Fd()), mode, x.offset, int64(x.Range.Bytes())); err != nil {
-					return fmt.Errorf("fallocate of %v: %w", x.Range, err)
+				if err := x.deallocate(); err != nil {
+					return err
 				}
 			}
 			return nil
@@ -183,13 +184,13 @@ func (m *Memory) Punch(r addr.HVARange) error {
 // a region is as large as it was made.
 func (m *Memory) Remap(from addr.HVARange, to addr.HVA) error {
 	kept := false // the addresses of from could not be reserved
-	return m.change(operation{
-		op: OpRemap, r: from, to: to,
-		brackets: func() []notifier.Invalidation {
-			return []notifier.Invalidation{
-				m.replaced(addr.HVAs(to, from.Bytes())),
-				{Range: from, Event: notifier.Remap, After: addr.NoAccess, To: to, Content: notifier.Kept},
-			}
+	return m.change(request{op: OpRemap, r: from, to: to}, operation{
+		brackets: func(invs []notifier.Invalidation) []notifier.Invalidation {
+			// The target's closes first: who follows the pages there is not to find that
+			// its content has changed.
+			return append(invs,
+				notifier.Invalidation{Range: from, Event: notifier.Remap, After: addr.NoAccess, To: to, Content: notifier.Kept},
+				m.replaced(addr.HVAs(to, from.Bytes())))
 		},
 		check: func() error { return m.movable(from, to) },
 		do: func(*Region) error {
@@ -221,13 +222,9 @@ func (m *Memory) Remap(from addr.HVARange, to addr.HVA) error {
 // on with what from is now. What is mapped at to goes away. The ranges are as for Remap,
 // and no page of from is guarded.
 func (m *Memory) RemapKeep(from addr.HVARange, to addr.HVA) error {
-	return m.change(operation{
-		op: OpRemapKeep, r: from, to: to,
-		brackets: func() []notifier.Invalidation {
-			return []notifier.Invalidation{
-				m.replaced(addr.HVAs(to, from.Bytes())),
-				{Range: from, Event: notifier.Clear, After: addr.ReadWrite, Content: m.content(from, dropped)},
-			}
+	return m.change(request{op: OpRemapKeep, r: from, to: to}, operation{
+		brackets: func(invs []notifier.Invalidation) []notifier.Invalidation {
+			return append(invs, m.replaced(addr.HVAs(to, from.Bytes())), m.cleared(from, dropped))
 		},
 		check: func() error {
 			if err := m.movable(from, to); err != nil {
@@ -266,39 +263,40 @@ func (m *Memory) moved(from addr.HVARange, to addr.HVA) (xs []Extent) {
 	return xs
 }
 
-// showing returns the extents that show the bytes of o from first to end, cut to them.
-func (m *Memory) showing(o *object, first, end int64) (xs []Extent) {
-	for _, x := range m.extents {
-		if x.object != o {
-			continue
-		}
-		from, to := max(first, x.offset), min(end, x.offset+int64(x.Range.Bytes()))
-		if from < to {
-			xs = append(xs, x.cut(addr.HVARange{Start: x.Range.Start + addr.HVA(from-x.offset), End: x.Range.Start + addr.HVA(to-x.offset)}))
+// showing yields the extents that show the bytes of o from first to end, cut to them.
+func (m *Memory) showing(o *object, first, end int64) iter.Seq[Extent] {
+	return func(yield func(Extent) bool) {
+		for _, x := range m.extents {
+			if x.object != o {
+				continue
+			}
+			if x = x.within(first, end); !x.Range.Empty() && !yield(x) {
+				return
+			}
 		}
 	}
-	return xs
 }
 
-// holes is the brackets in which the pages of objects that r shows are freed: of r, and
-// of every other range that shows them. A Map of what a Remap has moved away makes one.
-func (m *Memory) holes(r addr.HVARange) []notifier.Invalidation {
+// within is the part of x that shows the bytes of its object from first to end.
+func (x Extent) within(first, end int64) Extent {
+	at := func(offset int64) addr.HVA {
+		return x.Range.Start + addr.HVA(min(max(offset-x.offset, 0), int64(x.Range.Bytes())))
+	}
+	return x.cut(addr.HVARange{Start: at(first), End: at(end)})
+}
+
+// holes appends to invs the brackets in which the pages of objects that r shows are freed:
+// of r, and of every other range that shows them.
+func (m *Memory) holes(invs []notifier.Invalidation, r addr.HVARange) []notifier.Invalidation {
 	punched := func(x Extent) notifier.Content {
 		if x.private {
 			return notifier.Changed
 		}
 		return notifier.Zeroed
 	}
-	zap := func(r addr.HVARange, c notifier.Content) notifier.Invalidation {
-		return notifier.Invalidation{Range: r, Event: notifier.Clear, After: addr.ReadWrite, Content: c}
-	}
-	invs := []notifier.Invalidation{zap(r, m.content(r, punched))}
-	for x := range m.extents.in(r) {
-		for _, y := range m.showing(x.object, x.offset, x.offset+int64(x.Range.Bytes())) {
-			if !r.Contains(y.Range) {
-				invs = append(invs, zap(y.Range, punched(y)))
-			}
-		}
+	invs = append(invs, m.cleared(r, punched))
+	for y := range m.aliases(r) {
+		invs = append(invs, m.cleared(y.Range, punched))
 	}
 	return invs
 }
@@ -316,17 +314,23 @@ func (m *Memory) replaced(r addr.HVARange) notifier.Invalidation {
 	return inv
 }
 
-// content returns what of says becomes of the content of the extents of r, or Changed
-// if it is not the same of all.
-func (m *Memory) content(r addr.HVARange, of func(Extent) notifier.Content) notifier.Content {
-	var all []notifier.Content
+// cleared is the invalidation of a range whose mappings stay, and may fault in other
+// pages. The content of an extent becomes what content says of it; if it is not the same
+// of all of them, it is announced as changed.
+func (m *Memory) cleared(r addr.HVARange, content func(Extent) notifier.Content) notifier.Invalidation {
+	inv := notifier.Invalidation{Range: r, Event: notifier.Clear}
+	first := true
 	for x := range m.extents.in(r) {
-		all = append(all, of(x))
+		inv.After |= x.Access
+		switch c := content(x); {
+		case first:
+			inv.Content = c
+		case inv.Content != c:
+			inv.Content = notifier.Changed
+		}
+		first = false
 	}
-	if all = slices.Compact(all); len(all) == 1 {
-		return all[0]
-	}
-	return notifier.Changed
+	return inv
 }
 
 // dropped returns what becomes of the content of x if its mapping loses its pages: an
@@ -341,8 +345,8 @@ func dropped(x Extent) notifier.Content {
 	return notifier.Kept
 }
 
-func changed(Extent) notifier.Content { return notifier.Changed }
-func kept(Extent) notifier.Content    { return notifier.Kept }
+func uncertain(Extent) notifier.Content { return notifier.Changed }
+func kept(Extent) notifier.Content      { return notifier.Kept }
 
 // mapped reports the first part of r that is not mapped, as the kernel would.
 func (m *Memory) mapped(r addr.HVARange) error {
@@ -363,27 +367,27 @@ func (m *Memory) each(r addr.HVARange, refuse func(Extent) error) error {
 	return nil
 }
 
+// request is what is asked for, and of what.
+type request struct {
+	op Op
+	r  addr.HVARange
+	to addr.HVA // for OpRemap and OpRemapKeep
+}
+
 // operation is one change of mappings, as change carries it out. All functions
 // run with the mapping lock held for writing.
 type operation struct {
-	op       Op
-	r        addr.HVARange
-	to       addr.HVA                                 // for OpRemap and OpRemapKeep
-	check    func() error                             // what else must hold; may be nil
-	brackets func() []notifier.Invalidation           // without Op; opened in this order; nil: none
-	do       func(*Region) error                      // the system calls
-	becomes  func(c *Change, region *Region) []Extent // what is mapped afterwards; nil: as before
-}
-
-func one(inv notifier.Invalidation) func() []notifier.Invalidation {
-	return func() []notifier.Invalidation { return []notifier.Invalidation{inv} }
+	check    func() error                                          // what else must hold; may be nil
+	brackets func([]notifier.Invalidation) []notifier.Invalidation // appends them, without Op, in the order in which they are opened; nil: none
+	do       func(*Region) error                                   // the system calls
+	becomes  func(c *Change, region *Region) []Extent              // what is mapped afterwards; nil: as before
 }
 
 // change carries an operation out between the start and the end of its brackets.
-func (m *Memory) change(o operation) error {
+func (m *Memory) change(req request, o operation) error {
 	m.as.Lock()
 	defer m.as.Unlock()
-	return m.changeLocked(o)
+	return m.changeLocked(req, o)
 }
 
 // usable returns the region that r lies in, or why no operation can be carried out there.
@@ -401,10 +405,11 @@ func (m *Memory) usable(r addr.HVARange) (*Region, error) {
 	return region, nil
 }
 
-// changeLocked is change with the mapping lock held for writing.
-func (m *Memory) changeLocked(o operation) error {
-	fail := func(err error) error { return &Error{Op: o.op, Range: o.r, Err: err} }
-	region, err := m.usable(o.r)
+// changeLocked is change with the mapping lock held for writing. An operation that leaves
+// the extents as they are allocates nothing.
+func (m *Memory) changeLocked(req request, o operation) error {
+	fail := func(err error) error { return &Error{Op: req.op, Range: req.r, Err: err} }
+	region, err := m.usable(req.r)
 	if err != nil {
 		return fail(err)
 	}
@@ -416,29 +421,43 @@ func (m *Memory) changeLocked(o operation) error {
 			return fail(err)
 		}
 	}
-
-	id := m.begun(o.op, o.r)
-	m.reports.collect()
-	made := false
-	var brackets []notifier.Invalidation
+	m.brackets = m.brackets[:0]
 	if o.brackets != nil {
-		brackets = o.brackets()
+		m.brackets = o.brackets(m.brackets)
 	}
-	err = m.bracketed(id, brackets, func() error {
+	return m.carryOut(req, func() error {
 		if err := o.do(region); err != nil {
 			return err
 		}
-		made = true
-		c := m.history.add(Change{Seq: m.changes.Add(1), Op: o.op, Range: o.r, To: o.to, Time: time.Now()})
-		if o.becomes != nil {
-			for _, x := range o.becomes(c, region) {
-				m.extents.set(x)
-			}
+		c := m.changed(req)
+		if o.becomes == nil {
+			return nil
+		}
+		why := c // on the heap: extents may refer to it
+		for _, x := range o.becomes(&why, region) {
+			m.extents.set(x)
 		}
 		return nil
 	})
+}
+
+// changed counts and remembers a change that has just been made.
+func (m *Memory) changed(req request) Change {
+	now := m.start.Add(time.Since(m.start)) // reads one clock, where time.Now reads two
+	c := Change{Seq: m.changes.Add(1), Op: req.op, Range: req.r, To: req.to, Time: now}
+	m.history.add(c)
+	return c
+}
+
+// carryOut calls do inside of m.brackets, and returns the error of the operation. If do
+// has none, the change is made. The caller holds the mapping lock for writing.
+func (m *Memory) carryOut(req request, do func() error) error {
+	id := m.begun(req.op, req.r)
+	m.reports.collect()
+	err := m.bracketed(id, m.brackets, do)
+	made := err == nil
 	err = errors.Join(err, m.reports.collected())
-	return m.ended(id, o.op, o.r, made, err)
+	return m.ended(id, req.op, req.r, made, err)
 }
 
 // begun records the begin of an operation in the trace, and returns its number there.

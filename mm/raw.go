@@ -55,13 +55,14 @@ func reserveFixed(r addr.HVARange) error {
 	return err
 }
 
-// mapFixed maps what x says in the place of whatever is mapped there.
-func mapFixed(x Extent) error {
+// mapFixed maps what x says in the place of whatever is mapped there. file is that of its
+// object, or nil if it has none.
+func mapFixed(x Extent, file *os.File) error {
 	flags, fd := unix.MAP_FIXED|unix.MAP_NORESERVE, -1
-	if x.object == nil || x.object.file == nil {
+	if file == nil {
 		flags |= unix.MAP_ANONYMOUS
 	} else {
-		fd = int(x.object.file.Fd())
+		fd = int(file.Fd())
 	}
 	if x.object == nil || x.private {
 		flags |= unix.MAP_PRIVATE

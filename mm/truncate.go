@@ -9,8 +9,9 @@ import (
 	"github.com/secondmmu/gvm/notifier"
 )
 
-// Truncate makes the memory file of the region size bytes long, as ftruncate(2) does: a
-// multiple of the page size, and no more than the size of the region.
+// Truncate makes the file of the region size bytes long, as ftruncate(2) does: a multiple
+// of the page size, and no more than where the region ends in it. The file is open for
+// writing.
 //
 // Every mapping of what is past a new end loses its memory, the copies that private
 // mappings have included: an access fails, which is a SIGBUS for who does not expect it,
@@ -18,7 +19,8 @@ import (
 // file grows, they have memory again, which reads zero.
 //
 // The error is EINVAL if the region has no file. Its range is where the region shows, or
-// showed at first, what has gone or come.
+// showed at first, what has gone or come; if that is only what it does not show, all of the
+// region.
 func (m *Memory) Truncate(r *Region, size uint64) error {
 	m.as.Lock()
 	defer m.as.Unlock()
@@ -30,17 +32,26 @@ func (m *Memory) Truncate(r *Region, size uint64) error {
 	if first == last && !m.closed {
 		return nil
 	}
+	shown := r.mapping(r.Range).within(first, last).Range
+	if shown.Empty() {
+		shown = r.Range
+	}
 	// after returns what the extents that show the part are once c has been done.
 	after := func(c *Change) (xs []Extent) {
-		for _, x := range m.showing(o, first, last) {
+		for x := range m.showing(o, first, last) {
 			x.ended = c
 			xs = append(xs, x.settled())
 		}
 		return xs
 	}
-	return m.changeLocked(operation{
-		op: OpTruncate, r: addr.HVARange{Start: r.Range.Start + addr.HVA(first), End: r.Range.Start + addr.HVA(last)},
-		brackets: func() (invs []notifier.Invalidation) {
+	return m.changeLocked(request{op: OpTruncate, r: shown}, operation{
+		check: func() error {
+			if !o.writable {
+				return o.readOnly()
+			}
+			return m.unpinned(m.showing(o, first, last))
+		},
+		brackets: func(invs []notifier.Invalidation) []notifier.Invalidation {
 			for _, x := range after(nil) {
 				inv := notifier.Invalidation{Range: x.Range, Event: notifier.Map, After: x.Access, Content: notifier.Zeroed}
 				if end < o.size {
@@ -66,9 +77,9 @@ func (m *Memory) Truncate(r *Region, size uint64) error {
 func (m *Memory) truncatable(r *Region, size uint64) error {
 	switch {
 	case r.object == nil:
-		return fmt.Errorf("%v has no memory file: %w", r, unix.EINVAL)
-	case size%addr.PageSize != 0 || size > r.Size:
-		return fmt.Errorf("%d bytes are not whole pages, or more than the %d of %v: %w", size, r.Size, r, unix.EINVAL)
+		return fmt.Errorf("%v has no file: %w", r, unix.EINVAL)
+	case size%addr.PageSize != 0 || size > uint64(r.Offset)+r.Size:
+		return fmt.Errorf("%d bytes are not whole pages, or more than the %d at which %v ends in its file: %w", size, uint64(r.Offset)+r.Size, r, unix.EINVAL)
 	case !m.closed && m.region(r.Range) != r:
 		return fmt.Errorf("%v is not of this memory: %w", r, unix.EINVAL)
 	}
