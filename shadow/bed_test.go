@@ -66,12 +66,13 @@ type bed struct {
 }
 
 const (
-	ramGFN    = addr.GFN(0x1000)
-	aliasGFN  = addr.GFN(0x9000)
-	highGFN   = addr.GFN(1) << 30
-	aliasLen  = 4
-	bedPages  = 16
-	highPages = 4
+	ramGFN     = addr.GFN(0x1000)
+	aliasGFN   = addr.GFN(0x9000)
+	highGFN    = addr.GFN(1) << 30
+	aliasLen   = 4
+	bedPages   = 16
+	highPages  = 4
+	sparePages = 4 // that no window shows, behind those of high
 )
 
 // bedBackend is a backend that counts, and in which things can be made to happen.
@@ -155,7 +156,7 @@ func (b *bedBackend) ChangeSlot(from, to Slot) error {
 
 // newBed returns a bed with npages of RAM.
 func newBed(m mutant, npages int) *bed {
-	memory, err := unix.Mmap(-1, 0, (npages+highPages)*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE|unix.MAP_NORESERVE)
+	memory, err := unix.Mmap(-1, 0, (npages+highPages+sparePages)*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE|unix.MAP_NORESERVE)
 	if err != nil {
 		panic(err)
 	}

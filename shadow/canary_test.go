@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/dirty"
 	"github.com/secondmmu/gvm/internal/hostmem"
 	"github.com/secondmmu/gvm/mm"
 	"github.com/secondmmu/gvm/shadow"
@@ -20,12 +21,12 @@ import (
 
 type noBackend struct{}
 
-func (noBackend) Hold()                                {}
-func (noBackend) Release()                             {}
-func (noBackend) CreateSlot(shadow.Slot) error         { return nil }
-func (noBackend) DeleteSlot(shadow.Slot) error         { return nil }
-func (noBackend) ChangeSlot(_, _ shadow.Slot) error    { return nil }
-func (noBackend) DirtyLog(shadow.Slot, []uint64) error { return errors.ErrUnsupported }
+func (noBackend) Hold()                                    {}
+func (noBackend) Release()                                 {}
+func (noBackend) CreateSlot(shadow.Slot) error             { return nil }
+func (noBackend) DeleteSlot(shadow.Slot) error             { return nil }
+func (noBackend) ChangeSlot(_, _ shadow.Slot) error        { return nil }
+func (noBackend) DirtyLog([]shadow.Slot, *dirty.Set) error { return errors.ErrUnsupported }
 
 const (
 	words  = addr.PageSize / 8

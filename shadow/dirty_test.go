@@ -18,9 +18,9 @@ import (
 	"github.com/secondmmu/gvm/notifier"
 )
 
-func (b *bedBackend) DirtyLog(Slot, []uint64) error   { return errors.New("nothing is logged") }
-func (b *backendModel) DirtyLog(Slot, []uint64) error { return errors.New("nothing is logged") }
-func (nullBackend) DirtyLog(Slot, []uint64) error     { return errors.New("nothing is logged") }
+func (b *bedBackend) DirtyLog([]Slot, *dirty.Set) error   { return errors.New("nothing is logged") }
+func (b *backendModel) DirtyLog([]Slot, *dirty.Set) error { return errors.New("nothing is logged") }
+func (nullBackend) DirtyLog([]Slot, *dirty.Set) error     { return errors.New("nothing is logged") }
 
 // logBackend logs what the guest writes as KVM does: by the slot, whose log goes with
 // it.
@@ -53,18 +53,20 @@ func (b *logBackend) reset(s Slot, err error) error {
 	return err
 }
 
-func (b *logBackend) DirtyLog(s Slot, bitmap []uint64) error {
-	log, ok := b.written[s.ID]
-	switch {
-	case b.broken != nil:
+func (b *logBackend) DirtyLog(slots []Slot, written *dirty.Set) error {
+	if b.broken != nil {
 		return b.broken
-	case !ok: // it goes by the number: another slot that has it now has a log, too
-		return unix.ENOENT
 	}
-	for page := range log {
-		bitmap[page/64] |= 1 << (page % 64)
+	for _, s := range slots {
+		log, ok := b.written[s.ID]
+		if !ok { // it goes by the number: another slot that has it now has a log, too
+			return unix.ENOENT
+		}
+		for page := range log {
+			written.Add(s.GFN + addr.GFN(page))
+		}
+		clear(log)
 	}
-	clear(log)
 	return nil
 }
 
@@ -131,12 +133,15 @@ func (b *logBed) harvest(what string) {
 		if gfn < ramGFN || gfn >= ramGFN+bedPages {
 			continue // an alias
 		}
-		if _, err := b.table.ReadAt(b.copy[at:at+page], int64(gfn.GPA())); err != nil && !errors.Is(err, syscall.EFAULT) {
+		switch _, err := b.table.ReadAt(b.copy[at:at+page], int64(gfn.GPA())); {
+		case errors.Is(err, syscall.EFAULT):
+			clear(b.copy[at : at+page]) // it is reported again when it comes back
+		case err != nil:
 			b.errorf("%w", err)
 		}
 	}
 	for i := range bedPages {
-		if s, ok := b.Slots().Lookup(ramGFN + addr.GFN(i)); !ok || s.Access == addr.NoAccess {
+		if b.host.model[b.hva(i)]&addr.Read == 0 {
 			continue // nobody can tell what it has
 		}
 		if !bytes.Equal(b.copy[i*page:(i+1)*page], b.memory[i*page:(i+1)*page]) {
@@ -208,6 +213,11 @@ func checkContent(m mutant) error {
 	b.harvest("gone")
 	b.change(7, notifier.Map, notifier.Zeroed, addr.ReadWrite, 0)
 	b.harvest("mapped again")
+	b.guestStores(3, 10)
+	b.change(3, notifier.Protect, notifier.Kept, addr.NoAccess, 0)
+	b.harvest("dirty and out of reach")
+	b.change(3, notifier.Protect, notifier.Kept, addr.ReadWrite, 0)
+	b.harvest("within reach again")
 	inv := notifier.Invalidation{Range: b.hvas(8, 1), Event: notifier.Clear, Content: notifier.Zeroed, After: addr.ReadWrite}
 	if err := b.InvalidateRangeStart(&inv); err != nil {
 		b.errorf("%w", err)
@@ -278,6 +288,11 @@ func checkHarvestInBracket(m mutant) error {
 	}
 	b.guestStores(8, 1)
 	b.harvest("a store")
+	b.guestStores(3, 10)
+	b.change(3, notifier.Protect, notifier.Kept, addr.NoAccess, 0)
+	b.harvest("dirty and out of reach")
+	b.change(3, notifier.Protect, notifier.Kept, addr.ReadWrite, 0)
+	b.harvest("within reach again")
 	inv := notifier.Invalidation{Range: b.hvas(8, 1), Event: notifier.Clear, Content: notifier.Zeroed, After: addr.ReadWrite}
 	as.Lock()
 	if err := as.InvalidateRangeStart(&inv); err != nil {

@@ -19,13 +19,31 @@
 //
 // The package makes no system call.
 //
+// # Policies
+//
+// That slots follow the mappings is the policy [Precise]. With [Lazy] they show all of
+// each window, whatever is mapped, and change only when windows are added or move.
+//
+//	                              Precise                           Lazy
+//	unmap, protect, map           slots change, vCPUs are held out  nothing
+//	the guest uses what is gone   an exit that names the address    EFAULT, and no address
+//	the guest's instruction       its access can be completed       can be run again
+//	slots                         one for each piece that is mapped one for each window
+//
+// There are only so many slot numbers. When precise slots would need more than the
+// limit of the tracker they become coarse: as lazy ones are, so that what is mapped
+// can be used, and nothing else. The tracker goes on to note what would be precise, and
+// makes the slots so when half of the limit is enough. See [Tracker.Coarse].
+//
 // # Invariants
 //
 //   - The published set is what the backend has, also after a failure.
-//   - Outside brackets every slot lies in a window and covers mapped memory that
-//     allows what the slot allows.
+//   - Outside brackets every slot lies in a window. One that is precise covers mapped
+//     memory that allows what the slot allows; coarse ones cover all of each window.
 //   - From the moment that InvalidateRangeStart for Unmap or Protect returned
-//     nil, no slot allows an access that the change takes away.
+//     nil, no slot that is precise allows an access that the change takes away.
+//   - Outside brackets slots of the policy Precise are coarse only if precise ones
+//     would be more than half of the limit.
 //   - From the moment that InvalidateRangeStart returned, for any event, until
 //     InvalidateRangeEnd, no page of the range is used through the table.
 //   - Every translation is of a frame that a slot shows, and allows no more.

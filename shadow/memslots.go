@@ -30,11 +30,12 @@ type Backend interface {
 	DeleteSlot(Slot) error
 	ChangeSlot(from, to Slot) error
 
-	// DirtyLog sets, in bitmap, the bit of each page of a logged slot that the guest
-	// has written since the last call, or since the slot was created or logged. It
-	// has a bit for each page, and is zero. What is written from then on is for
-	// the next call. The backend need not be held, except before the slot goes.
-	DirtyLog(s Slot, bitmap []uint64) error
+	// DirtyLog adds to written those frames of slots, all of them logged, that the
+	// guest has written since the last call for the slot, or since the slot was
+	// created or logged. It may add more; with an error all of them count as written.
+	// What is written from then on is for the next call. The backend need not be
+	// held, except before a slot goes.
+	DirtyLog(slots []Slot, written *dirty.Set) error
 }
 
 // Memslots is the memory slots of a VM: what KVM keeps in struct kvm_memslots and
@@ -187,6 +188,11 @@ type update struct {
 	creates []Slot // in the order of their frames; one with noID is given a number
 }
 
+// after returns how many slots there are once u has been done to those there are.
+func (u *update) after(slots index[Slot]) int {
+	return slots.byGFN.Len() - len(u.deletes) + len(u.creates)
+}
+
 // move is a slot that is changed without being deleted.
 type move struct{ from, to Slot }
 
@@ -246,23 +252,27 @@ func (u *update) unlogged() []Slot {
 	return slots
 }
 
-// collectLocked merges what the guest has written to logged slots into the log of the
-// table. Where the backend does not tell, all of the slot is taken to be written.
+// collectLocked merges what the guest has written to those of slots that are logged
+// into the log of the table. If the backend does not tell, all of
+// them is taken to be written.
 func (m *Memslots) collectLocked(slots []Slot) {
 	if m.table == nil {
 		return
 	}
-	var set dirty.Set
+	var logged []Slot
 	for _, s := range slots {
-		if !s.LogDirty {
-			continue
+		if s.LogDirty {
+			logged = append(logged, s)
 		}
-		bitmap := make([]uint64, (s.NPages+63)/64)
-		if err := m.backend.DirtyLog(s, bitmap); err != nil {
+	}
+	if logged == nil {
+		return
+	}
+	var set dirty.Set
+	if err := m.backend.DirtyLog(logged, &set); err != nil && m.mutant != collectAfterwards {
+		for _, s := range logged {
 			set.AddRange(s.GFNs())
-			continue
 		}
-		set.AddBitmap(s.GFN, bitmap)
 	}
 	m.table.log.Merge(&set)
 }

@@ -311,7 +311,7 @@ func checkUpdateUnseen(m mutant) error {
 	}
 	inv := notifier.Invalidation{Range: b.hvas(9, 1), Event: notifier.Unmap} // cuts the slot of page 8, too
 	b.slots.lock()
-	u := b.deriveLocked(b.Slots().windows, b.shows(inv.Range), &inv)
+	u := derive(b.Slots().slots, b.shows(inv.Range), b.mapped(b.Slots().windows, &inv, false))
 	err := b.slots.applyLocked(u, nil, 0)
 	b.slots.unlock()
 	applied.Store(true)

@@ -77,6 +77,10 @@ func (m *model) change(i, n int, event notifier.Event, content notifier.Content,
 				m.dirty[gfn] = true
 			case notifier.Zeroed:
 				m.discarded[gfn] = true
+			case notifier.Kept:
+				if event == notifier.Protect && m.access[k] == addr.NoAccess && after != addr.NoAccess {
+					m.dirty[gfn] = true
+				}
 			}
 		}
 	}

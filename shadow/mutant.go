@@ -24,14 +24,20 @@ const (
 	firstSlotOnly            // VM10: of the slots that show a range only the first is looked at
 	zapRoundsDown            // VM11: the last frame of a range is not zapped
 	aliasUnlogged            // V9: a write is logged at one frame of a page that several show
+	storesUnlogged           // a write is not logged
 	generationStays          // VM19: a new set has the generation of the old one
 	retryForever             // VM20: a fault whose context is done goes on
 	createFirst              // VM23: a transaction creates slots before it deletes others
 	undoNothing              // K4: a transaction that fails is not undone
 	publishIntended          // K4: and publishes what it was to do
-	collectAfterwards        // V13: a slot's log is read when the slot has gone
+	collectAfterwards        // V13: a slot's log is read when the slot has gone, and that there is none is taken for nothing
 	contentUnrecorded        // what a change did to content is not recorded
+	returnsUnrecorded        // what comes back with the content that it had is not recorded
 	harvestInBracket         // a harvest does not wait for brackets to end
+	coarseForGood            // slots that are coarse stay so
+	fineAtOnce               // they are precise again as soon as there are numbers enough
+	piecesStand              // what would be precise is not followed while they are coarse
+	endUntold                // the end of a bracket is not told to who waits for memory
 	numbersLeak              // slot numbers are not given out again
 	endLooksAgain            // VM5: the end of a bracket goes by the slots there are then
 	releaseAwaitsEnds        // VM25: the release waits for open brackets to end

@@ -24,6 +24,7 @@ var mutants = []gvmtest.Mutant[mutant]{
 	{ID: "VM9", Defect: changeBeforeZap, What: "zapped after the change", By: "V8 two slots hit", Check: checkWholeRange},
 	{ID: "VM10", Defect: firstSlotOnly, What: "only the first slot is zapped", By: "V8 two slots hit", Check: checkWholeRange},
 	{ID: "VM10", Defect: firstSlotOnly, What: "only the first slot is aged", By: "V9 aliases", Check: checkAliases},
+	{ID: "V10", Defect: storesUnlogged, What: "stores are not logged", By: "V9 aliases", Check: checkAliases},
 	{ID: "VM10", Defect: aliasUnlogged, What: "only one frame of a page is logged", By: "V9 aliases", Check: checkAliases},
 	{ID: "VM11", Defect: zapRoundsDown, What: "the end is rounded down", By: "V8 two slots hit", Check: checkWholeRange},
 	{ID: "VM12-15", NA: "they are of KVM's bitmap: package kvm; the log of this package has its own table, in package dirty"},
@@ -41,7 +42,13 @@ var mutants = []gvmtest.Mutant[mutant]{
 	{ID: "K4", Defect: publishIntended, What: "what was intended is published", By: "transactions", Check: checkTransactions},
 	{ID: "V13", Defect: collectAfterwards, What: "a log is read when its slot has gone", By: "V13 nothing is lost", Check: checkSlotLogs},
 	{ID: "", Defect: contentUnrecorded, What: "changes of content are not recorded", By: "content is recorded", Check: checkContent},
+	{ID: "", Defect: returnsUnrecorded, What: "what comes back is not recorded", By: "content is recorded", Check: checkContent},
 	{ID: "", Defect: harvestInBracket, What: "a harvest comes in a bracket", By: "harvest awaits brackets", Check: checkHarvestInBracket},
+	{ID: "", Defect: coarseForGood, What: "coarse slots stay coarse", By: "the limit", Check: checkLimit},
+	{ID: "", Defect: fineAtOnce, What: "coarse slots do not wait for half of the numbers", By: "the limit", Check: checkLimit},
+	{ID: "", Defect: piecesStand, What: "what would be precise is not followed", By: "the limit", Check: checkLimit},
+	{ID: "", Defect: collectAfterwards, What: "a log is read when the slots are coarse", By: "the limit", Check: checkLimitLogs},
+	{ID: "", Defect: endUntold, What: "the end of a bracket wakes nobody", By: "ends are told", Check: checkEnds},
 	{ID: "", Defect: numbersLeak, What: "slot numbers are not recycled", By: "numbers are recycled", Check: checkNumbers},
 }
 

@@ -166,7 +166,7 @@ func (t *Table) end(r addr.HVARange) {
 		t.seq.Add(1)
 		t.active.Store(int32(len(t.open)))
 	}
-	if t.ended != nil {
+	if t.ended != nil && t.slots.mutant != endUntold {
 		close(t.ended)
 		t.ended = nil
 	}
@@ -204,15 +204,27 @@ func (t *Table) await(ctx context.Context, hva addr.HVA) error {
 			t.bracketMu.Unlock()
 			return nil
 		}
-		if t.ended == nil {
-			t.ended = make(chan struct{})
-		}
-		ended := t.ended
+		ended := t.endOfBracketLocked()
 		t.bracketMu.Unlock()
 		if err := wait(ctx, ended, "the change of the mapping"); err != nil {
 			return err
 		}
 	}
+}
+
+// endOfBracket returns a channel that is closed when a bracket ends, or all have been
+// ended by the release.
+func (t *Table) endOfBracket() <-chan struct{} {
+	t.bracketMu.Lock()
+	defer t.bracketMu.Unlock()
+	return t.endOfBracketLocked()
+}
+
+func (t *Table) endOfBracketLocked() <-chan struct{} {
+	if t.ended == nil {
+		t.ended = make(chan struct{})
+	}
+	return t.ended
 }
 
 func wait(ctx context.Context, c <-chan struct{}, what string) error {
@@ -422,6 +434,9 @@ func isAliased(set *Slots, r addr.HVARange) bool {
 // mark records that the page of gfn, which e translates, is about to be written, at
 // every frame that shows it. The caller is in the section in which it writes.
 func (t *Table) mark(gfn addr.GFN, e entry) {
+	if t.slots.mutant == storesUnlogged {
+		return
+	}
 	t.log.Mark(gfn)
 	if e&aliased == 0 || t.slots.mutant == aliasUnlogged {
 		return

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync/atomic"
 
 	"github.com/secondmmu/gvm/addr"
 	"github.com/secondmmu/gvm/dirty"
@@ -22,9 +23,17 @@ type Tracker struct {
 	table *Table    // immutable
 	host  Host      // immutable
 
-	released bool // no more slots; protected by slots.mu
-	logDirty bool // slots are logged; protected by slots.mu
-	behind   bool // the backend refused a change, and may have fewer slots than it could; protected by slots.mu
+	policy   Policy // written before the first window is added; protected by slots.mu
+	released bool   // no more slots; protected by slots.mu
+	logDirty bool   // slots are logged; protected by slots.mu
+	behind   bool   // the backend refused a change, and may have fewer slots than it could; protected by slots.mu
+
+	// coarse says that each window is shown whole. It is written with slots.mu held.
+	coarse atomic.Bool
+
+	// pieces is the slots that there would be if they were precise, without numbers,
+	// while they are coarse for the lack of numbers. Protected by slots.mu.
+	pieces index[Slot]
 }
 
 // NewTracker returns a tracker without windows. It installs slots with numbers
@@ -32,8 +41,36 @@ type Tracker struct {
 // address space that host belongs to.
 func NewTracker(host Host, backend Backend, limit uint32, log *trace.Log) *Tracker {
 	m := NewMemslots(backend, limit, log)
-	return &Tracker{slots: m, table: NewTable(m, host), host: host}
+	return &Tracker{slots: m, table: NewTable(m, host), host: host, pieces: newIndex[Slot]()}
 }
+
+// SetPolicy has the slots follow the mappings by p instead of Precise. It is called
+// before the first window is added, and panics later.
+func (t *Tracker) SetPolicy(p Policy) {
+	t.slots.lock()
+	defer t.slots.unlock()
+	for range t.Slots().Windows() {
+		panic("shadow: the policy is set of slots that are there")
+	}
+	t.policy = p
+	t.coarse.Store(p == Lazy)
+}
+
+// Coarse reports whether the slots show all of each window, mapped or not, readable and
+// writable: with Lazy always, with Precise while there are not enough slot numbers for
+// what is mapped. A guest that uses what is not mapped then leaves with EFAULT.
+//
+// Slots that are precise become coarse with the change of the mappings that would need
+// more than the limit, and precise again with the one after which half of the limit is
+// enough. In between, a change costs what it does with Lazy, and O(log n) for the
+// bookkeeping. Going from one to the other makes all slots anew, behind the gate, which
+// so many changes have to precede that it comes to a few slots for each.
+func (t *Tracker) Coarse() bool { return t.coarse.Load() }
+
+// Ended returns a channel that is closed when, after the call, a bracket has ended, and
+// slots and translations have followed it. Who waits for memory to come back gets the
+// channel, tries, and waits for it and for [Slots.Changed]: the slots need not change.
+func (t *Tracker) Ended() <-chan struct{} { return t.table.endOfBracket() }
 
 // Slots returns the current set.
 func (t *Tracker) Slots() *Slots { return t.slots.Slots() }
@@ -63,7 +100,8 @@ func (t *Tracker) LogDirty(on bool) error {
 // Harvest takes out of the dirty log what has changed since it was last harvested: what
 // was written through the table, what the guest has written, if that is logged, and
 // what changes of the mapping did to content. The pages may be copied when it returns.
-// A frame that is dirty and cannot be read has no memory at the moment.
+// A frame that is dirty and cannot be read has no memory at the moment; when it has
+// again, that is in a later harvest.
 //
 // It waits until no bracket is open, so that the content of a page and what is recorded
 // of it go together, and until nobody uses a page that he has found before. It is not
@@ -83,14 +121,18 @@ func (t *Tracker) Harvest(ctx context.Context) (*dirty.Harvest, error) {
 }
 
 // Check returns an error for every invariant of the set and the table that does
-// not hold, joined, or nil; and for every slot that shows something else than its
-// window, unless the backend has refused to make it follow.
+// not hold, joined, or nil. Unless the backend has refused to make the slots follow,
+// these are among them:
+//
+//   - Each slot shows what its window does.
+//   - While the slots are coarse, each window is shown whole; and precise ones would
+//     be more than half of the limit, unless the policy is Lazy.
 func (t *Tracker) Check() error {
 	t.slots.lock()
 	defer t.slots.unlock()
 	errs := []error{t.Slots().Check(), t.table.Check()}
 	if !t.behind {
-		errs = append(errs, t.Slots().checkWindows())
+		errs = append(errs, t.Slots().checkWindows(), t.checkCoarse())
 	}
 	for s := range t.Slots().All() {
 		if t.slots.installed[s.ID] != s {
@@ -99,6 +141,30 @@ func (t *Tracker) Check() error {
 	}
 	if n := t.Slots().Len(); n != len(t.slots.installed) {
 		errs = append(errs, fmt.Errorf("shadow: %d slots are published, and %d installed", n, len(t.slots.installed)))
+	}
+	return errors.Join(errs...)
+}
+
+// checkCoarse is Check for slots that are coarse.
+//
+// Preconditions: t.slots.mu is held.
+func (t *Tracker) checkCoarse() error {
+	if !t.coarse.Load() {
+		return nil
+	}
+	errs := []error{t.pieces.check()}
+	if n := t.pieces.byGFN.Len(); t.policy == Precise && !t.released && !t.scarce(n) {
+		errs = append(errs, fmt.Errorf("shadow: slots are coarse, and %d would be precise", n))
+	}
+	for w := range t.Slots().Windows() {
+		for gfn := w.GFN; gfn < w.GFNs().End; {
+			s, ok := t.Slots().Lookup(gfn)
+			if !ok || s.Access != addr.ReadWrite {
+				errs = append(errs, fmt.Errorf("shadow: slots are coarse, and do not show all of window %q: not %v", w.Name, gfn))
+				break
+			}
+			gfn = s.GFNs().End
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -132,10 +198,11 @@ func (t *Tracker) AddWindow(w Window) error {
 }
 
 // InvalidateRangeStart takes the translations of the range out, waits until none
-// of them is used, and does before the change what policy says. If the backend
+// of them is used, and does before the change what the policy says. If the backend
 // refuses, the slots are as they were, and the error, which is for the report
 // of whoever makes the change, says why: a guest that uses what has gone then
-// leaves with EFAULT instead of an exit that names the address.
+// leaves with EFAULT instead of an exit that names the address. That slot numbers
+// run out is no such error: see Coarse.
 //
 // A change that nobody may wait for leaves the mappings in place and takes their
 // pages only. The backend follows that by itself, vCPUs could not be waited for,
@@ -148,11 +215,12 @@ func (t *Tracker) InvalidateRangeStart(inv *notifier.Invalidation) error {
 	t.table.begin(inv.Range)
 	t.slots.lock()
 	defer t.slots.unlock()
-	react := policy[inv.Event]
+	react := policies[t.policy][inv.Event]
 	if react.hold {
 		t.slots.backend.Hold()
 	}
-	if !react.narrow || t.released {
+	t.recordReturnsLocked(inv)
+	if !react.narrow || t.coarse.Load() || t.released {
 		return nil
 	}
 	if err := t.fitLocked(t.Slots().windows, t.shows(inv.Range), inv, inv.Op); err != nil {
@@ -162,12 +230,14 @@ func (t *Tracker) InvalidateRangeStart(inv *notifier.Invalidation) error {
 	return nil
 }
 
-// InvalidateRangeEnd makes the slots what the mappings allow after a change, if
-// policy says that they may have changed.
+// InvalidateRangeEnd makes the slots what they are to be after a change, if the
+// policy says that this may be something else.
 //
 // If the backend refuses, the slots stay narrower than the mappings allow,
 // which the guest meets as exits, not as wrong memory; the next bracket tries
-// again. The reason is in the trace, at the slot that was refused.
+// again. The reason is in the trace, at the slot that was refused. The same goes for
+// windows that have moved in so many pieces that there are not enough numbers for one
+// slot each.
 func (t *Tracker) InvalidateRangeEnd(inv *notifier.Invalidation) {
 	if inv.NonBlockable {
 		return
@@ -175,7 +245,7 @@ func (t *Tracker) InvalidateRangeEnd(inv *notifier.Invalidation) {
 	defer t.endTable(inv.Range)
 	t.slots.lock()
 	defer t.slots.unlock()
-	react := policy[inv.Event]
+	react := policies[t.policy][inv.Event]
 	if react.hold {
 		defer t.slots.backend.Release()
 	}
@@ -196,10 +266,33 @@ func (t *Tracker) InvalidateRangeEnd(inv *notifier.Invalidation) {
 	err := t.fitLocked(windows, fit, nil, inv.Op)
 	t.behind = err != nil
 	if err != nil && moved {
-		// The slots that show the old addresses cannot stay: those are no
-		// longer the guest's memory. To leave them out takes deletions only.
-		gone := update{deletes: slices.Collect(t.Slots().InHVAs(inv.Range))}
-		_ = t.slots.applyLocked(gone, &windows, inv.Op)
+		t.leaveLocked(inv.Range, inv.Op)
+	}
+}
+
+// leaveLocked takes what shows r out of the slots: those addresses are no longer the
+// guest's memory. Of the rest of a slot, the larger part is kept, and the other if there
+// are numbers for both; or none, if the backend refuses that.
+func (t *Tracker) leaveLocked(r addr.HVARange, op uint64) {
+	gone := update{deletes: slices.Collect(t.Slots().InHVAs(r))}
+	for _, s := range gone.deletes {
+		both := s.HVAs().Intersect(r)
+		first := s.gfn(both.Start)
+		for _, rest := range []addr.GFNRange{{Start: s.GFN, End: first}, {Start: first + addr.GFN(both.NPages()), End: s.GFNs().End}} {
+			if keep := s.cut(rest); keep.NPages > 0 {
+				keep.ID = noID
+				gone.creates = append(gone.creates, keep)
+			}
+		}
+	}
+	slices.SortStableFunc(gone.creates, func(a, b Slot) int { return cmp.Compare(b.NPages, a.NPages) })
+	room := t.limit() - t.Slots().Len() + len(gone.deletes)
+	gone.creates = gone.creates[:min(room, len(gone.creates))]
+	slices.SortFunc(gone.creates, compareSlots)
+	windows := t.Slots().windows
+	if t.slots.applyLocked(gone, &windows, op) != nil {
+		gone.creates = nil
+		_ = t.slots.applyLocked(gone, &windows, op)
 	}
 }
 
@@ -216,6 +309,25 @@ func (t *Tracker) recordLocked(inv *notifier.Invalidation) {
 	for w := range t.Slots().windows.inHVAs(inv.Range) {
 		both := w.HVAs().Intersect(inv.Range)
 		record(t.table.log, frames(w.gfn(both.Start), both.NPages()))
+	}
+}
+
+// recordReturnsLocked records frames that could not be read and are about to be, with the
+// content that they had: a harvest that had them as dirty meanwhile was of no use to who
+// wanted to copy them. The caller is in a bracket, before the change.
+func (t *Tracker) recordReturnsLocked(inv *notifier.Invalidation) {
+	gives := inv.Event == notifier.Protect || inv.Event == notifier.Map
+	if !gives || inv.Content != notifier.Kept || inv.After&addr.Read == 0 || t.slots.mutant == returnsUnrecorded {
+		return
+	}
+	idx := t.table.domain.ReadLock() // marks are made in sections
+	defer t.table.domain.ReadUnlock(idx)
+	for w := range t.Slots().windows.inHVAs(inv.Range) {
+		t.host.Walk(w.HVAs().Intersect(inv.Range), func(r addr.HVARange, access addr.Access) {
+			if access&addr.Read == 0 {
+				t.table.log.MarkRange(frames(w.gfn(r.Start), r.NPages()))
+			}
+		})
 	}
 }
 
@@ -322,22 +434,119 @@ func (t *Tracker) Release() {
 	t.slots.clearLocked()
 }
 
-// fitLocked makes the slots of some frames what shows as much of the windows there
-// as the host has mapped, less the access that inv is about to take, unless it is
-// nil. Slots elsewhere change only if they become one with these. With an error
-// nothing has changed.
+// fitLocked makes the slots of some frames what the policy has there. Where they are
+// precise, that is what shows as much of the windows as the host has mapped, less the
+// access that inv is about to take, unless it is nil. Slots elsewhere change only if
+// they become one with these, or if all change between precise and coarse. With an
+// error nothing has changed.
 func (t *Tracker) fitLocked(windows index[Window], where []addr.GFNRange, inv *notifier.Invalidation, op uint64) error {
-	u := t.deriveLocked(windows, where, inv)
+	have := t.Slots().slots
+	all := []addr.GFNRange{allGFNs}
+	if t.policy == Lazy {
+		return t.installLocked(derive(have, where, whole(windows, t.logDirty)), windows, op)
+	}
+	was := t.coarse.Load()
+	if !was {
+		u := derive(have, where, t.mapped(windows, inv, t.logDirty))
+		if u.after(have) <= t.limit() {
+			return t.slots.applyLocked(u, &windows, op)
+		}
+		where = all // of which there are no pieces yet
+	}
+	pieces := t.pieces
+	if u := derive(pieces, where, t.mapped(windows, inv, false)); !was || t.slots.mutant != piecesStand {
+		pieces = pieces.change(u.deletes, u.creates)
+	}
+	coarse := !was || t.scarce(pieces.byGFN.Len())
+	var u update
+	if coarse {
+		if !was {
+			where = all
+		}
+		u = derive(have, where, whole(windows, t.logDirty))
+	} else {
+		u = derive(have, all, t.mapped(windows, inv, t.logDirty))
+		pieces = newIndex[Slot]()
+	}
+	err := t.installLocked(u, windows, op)
+	if coarse != was {
+		t.recordCoarse(coarse, op, err)
+	}
+	if err != nil {
+		return err
+	}
+	t.pieces = pieces
+	t.coarse.Store(coarse)
+	return nil
+}
+
+// limit returns how many slots there can be.
+func (t *Tracker) limit() int { return int(t.slots.numbers.limit) }
+
+// scarce reports whether slots that are coarse stay so, if n would be precise. Half of
+// the numbers are then free, so that it takes as many changes to run out of them again.
+func (t *Tracker) scarce(n int) bool {
+	switch t.slots.mutant {
+	case coarseForGood:
+		return true
+	case fineAtOnce:
+		return n > t.limit()
+	}
+	return n > t.limit()/2
+}
+
+// installLocked carries u out, if there are numbers enough.
+func (t *Tracker) installLocked(u update, windows index[Window], op uint64) error {
+	if n := u.after(t.Slots().slots); n > t.limit() {
+		return fmt.Errorf("%d slots, of %d: %w", n, t.limit(), ErrSlotLimit)
+	}
 	return t.slots.applyLocked(u, &windows, op)
 }
 
-// deriveLocked returns what fitLocked has to do.
-func (t *Tracker) deriveLocked(windows index[Window], where []addr.GFNRange, inv *notifier.Invalidation) (u update) {
-	old := t.Slots()
+// recordCoarse records that the slots become coarse or precise, or why they do not.
+func (t *Tracker) recordCoarse(coarse bool, op uint64, err error) {
+	e := trace.Event{Kind: trace.SlotPolicy, Op: op, Name: "precise"}
+	if coarse {
+		e.Name = "coarse"
+	}
+	if err != nil {
+		e.Err = err.Error()
+	}
+	t.slots.log.Record(e)
+}
+
+// shower appends to slots those that there are to be for the frames of r, in any order
+// and in pieces of any size.
+type shower func(slots []Slot, r addr.GFNRange) []Slot
+
+// mapped returns the slots that are precise.
+func (t *Tracker) mapped(windows index[Window], inv *notifier.Invalidation, logDirty bool) shower {
+	return func(slots []Slot, r addr.GFNRange) []Slot {
+		for w := range windows.inGFNs(r) {
+			slots = t.backed(slots, *w, w.GFNs().Intersect(r), inv, logDirty)
+		}
+		return slots
+	}
+}
+
+// whole returns the slots that are coarse.
+func whole(windows index[Window], logDirty bool) shower {
+	return func(slots []Slot, r addr.GFNRange) []Slot {
+		for w := range windows.inGFNs(r) {
+			s := Slot{GFN: w.GFN, NPages: w.NPages, HVA: w.HVA, Access: addr.ReadWrite, LogDirty: logDirty}
+			slots = append(slots, s.cut(r))
+		}
+		return slots
+	}
+}
+
+// derive returns what has to be done to the slots there are to make those of some
+// frames what show has.
+func derive(slots index[Slot], where []addr.GFNRange, show shower) (u update) {
 	for _, r := range union(where) {
 		var want []Slot
 		around := addr.GFNRange{Start: r.Start - min(r.Start, 1), End: max(r.End+1, r.End)}
-		have := slices.Collect(old.InGFNs(around)) // and the neighbours
+		have := slices.Collect(values(slots.inGFNs(around))) // and the neighbours
 		for _, s := range have {
 			for _, rest := range []addr.GFNRange{{Start: s.GFN, End: r.Start}, {Start: r.End, End: s.GFNs().End}} {
 				if rest = rest.Intersect(s.GFNs()); !rest.Empty() {
@@ -345,9 +554,7 @@ func (t *Tracker) deriveLocked(windows index[Window], where []addr.GFNRange, inv
 				}
 			}
 		}
-		for w := range windows.inGFNs(r) {
-			want = t.backed(want, *w, w.GFNs().Intersect(r), inv)
-		}
+		want = show(want, r)
 		slices.SortFunc(want, compareSlots)
 		want = mergeSlots(want)
 		for _, s := range have {
@@ -366,10 +573,10 @@ func (t *Tracker) deriveLocked(windows index[Window], where []addr.GFNRange, inv
 
 // backed appends to slots those that show as much of the frames r of w as the host
 // has mapped, less what inv is about to take.
-func (t *Tracker) backed(slots []Slot, w Window, r addr.GFNRange, inv *notifier.Invalidation) []Slot {
+func (t *Tracker) backed(slots []Slot, w Window, r addr.GFNRange, inv *notifier.Invalidation, logDirty bool) []Slot {
 	emit := func(r addr.HVARange, access addr.Access) {
 		if !r.Empty() && access != addr.NoAccess {
-			slots = append(slots, Slot{GFN: w.gfn(r.Start), NPages: r.NPages(), HVA: r.Start, Access: access, LogDirty: t.logDirty})
+			slots = append(slots, Slot{GFN: w.gfn(r.Start), NPages: r.NPages(), HVA: r.Start, Access: access, LogDirty: logDirty})
 		}
 	}
 	t.host.Walk(addr.HVAs(w.hva(r.Start), r.NPages()<<addr.PageShift), func(r addr.HVARange, access addr.Access) {

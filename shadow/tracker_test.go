@@ -133,10 +133,13 @@ type bench struct {
 
 // newBench returns a tracker with one window of n mapped pages, gfn 0x100 at hva
 // 0x10000.
-func newBench(t *testing.T, n uint64) *bench {
+func newBench(t *testing.T, n uint64) *bench { return newBenchWith(t, n, Precise, 64) }
+
+func newBenchWith(t *testing.T, n uint64, policy Policy, limit uint32) *bench {
 	t.Helper()
 	b := &bench{t: t, host: hostModel{}, backend: newBackend(t)}
-	b.Tracker = NewTracker(b.host, b.backend, 64, trace.NewLog(100))
+	b.Tracker = NewTracker(b.host, b.backend, limit, trace.NewLog(100))
+	b.SetPolicy(policy)
 	w := Window{Name: "ram", GFN: 0x100, NPages: n, HVA: 0x10000}
 	b.host.set(w.HVAs(), addr.ReadWrite)
 	if err := b.AddWindow(w); err != nil {
@@ -338,7 +341,7 @@ func TestRefusals(t *testing.T) {
 		"unmap":     {func(b *bench) error { return b.unmap(2, 3) }, 3, true, "ww...w.w"},
 		"read-only": {func(b *bench) error { return b.protect(2, 1, addr.Read) }, 4, true, "wwrwww.w"},
 		"map back":  {func(b *bench) error { return b.mapBack(6, 1) }, 3, false, "wwwwww.w"},
-		"remap":     {func(b *bench) error { return b.remap(2, 1, 0x90000) }, 4, false, "......" + ".w"},
+		"remap":     {func(b *bench) error { return b.remap(2, 1, 0x90000) }, 4, false, "ww.www.w"},
 	} {
 		for at := 1; at <= tt.calls; at++ {
 			t.Run(fmt.Sprintf("%s/call=%d", name, at), func(t *testing.T) {
@@ -437,32 +440,6 @@ func TestSlotNumbersAreRecycled(t *testing.T) {
 			t.Errorf("%v after a thousand cuts, want a number up to 3", s)
 		}
 	}
-}
-
-// TestSlotLimit cuts a window into more pieces than there can be slots. The hole
-// for which there is no slot stays covered by one, until there are enough.
-func TestSlotLimit(t *testing.T) {
-	b := newBench(t, 256)
-	var err error
-	var last uint64
-	for last = 0; last < 256; last += 2 {
-		if err = b.unmap(last, 1); err != nil {
-			break
-		}
-	}
-	if !errors.Is(err, ErrSlotLimit) {
-		t.Errorf("cutting a window into more pieces than there are slots: %v, want ErrSlotLimit", err)
-	}
-	if n := b.Slots().Len(); n != 64 {
-		t.Errorf("%d slots after the refusal, want all 64", n)
-	}
-	if _, ok := b.Slots().Lookup(addr.GFN(0x100 + last)); !ok {
-		t.Error("the last hole has no slot, though there was none to cut it with")
-	}
-	if err := b.mapBack(0, 3); err != nil {
-		t.Fatal(err)
-	}
-	b.checkAgainstHost(256)
 }
 
 func TestWindowErrors(t *testing.T) {

@@ -23,6 +23,7 @@ const (
 	InvalidateEnd   Kind = "invalidate-end"
 	SlotDelete      Kind = "slot-delete"
 	SlotCreate      Kind = "slot-create"
+	SlotPolicy      Kind = "slot-policy" // from now on slots are what Name says; Err is set if that failed
 	Touch           Kind = "guest-touch" // the guest used an address that its slots do not allow; Name says how
 )
 
@@ -50,6 +51,7 @@ func (e Event) String() string {
 	switch e.Kind {
 	case SlotDelete, SlotCreate:
 		fmt.Fprintf(&b, " slot %d %v %v", e.Slot, e.GFN, e.Acc)
+	case SlotPolicy: // it is of no place
 	case Touch:
 		fmt.Fprintf(&b, " vcpu %d %v", e.VCPU, e.GFN)
 	default:
