@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"slices"
 	"testing"
 	"time"
 
@@ -75,14 +77,17 @@ func (s *snapshot) compare(t *testing.T, what string) {
 }
 
 // TestDirtyIsComplete harvests while guests write, the host writes, and mappings change,
-// and in the end compares a copy that knows only what was reported with memory.
+// and in the end compares a copy that knows only what was reported with memory. Every
+// source is tried with every backing, and with one vCPU and with two.
 func TestDirtyIsComplete(t *testing.T) {
 	const pages = 12
-	for backing := mm.Anonymous; backing <= mm.MemfdPrivate; backing++ {
-		for vcpus := 1; vcpus <= 2; vcpus++ {
-			t.Run(fmt.Sprintf("backing=%v/vcpus=%d", backing, vcpus), func(t *testing.T) {
+	for _, source := range DirtySources() {
+		for backing := mm.Anonymous; backing <= mm.MemfdPrivate; backing++ {
+			vcpus := 1 + (int(source)+int(backing))%2
+			t.Run(fmt.Sprintf("source=%v/backing=%v/vcpus=%d", source, backing, vcpus), func(t *testing.T) {
 				rng := gvmtest.Rand(t)
-				m := newMachine(t, Config{VCPUs: vcpus, Backing: backing, Touch: Wait, Spare: addr.PageSize}, "stamp", guests.Args{"pages": pages, "seed": 1 + rng.Uint64N(1<<62)})
+				c := Config{VCPUs: vcpus, Backing: backing, Touch: Wait, Spare: addr.PageSize, Dirty: source}
+				m := newMachine(t, c, "stamp", guests.Args{"pages": pages, "seed": 1 + rng.Uint64N(1<<62)})
 				if err := m.LogDirty(true); err != nil {
 					t.Fatal(err)
 				}
@@ -93,7 +98,7 @@ func TestDirtyIsComplete(t *testing.T) {
 					t.Fatal(err)
 				}
 				epochs, reported := 0, uint64(0)
-				for begin := time.Now(); epochs < 200 && (epochs < 20 || time.Since(begin) < 4*time.Second); epochs++ {
+				for begin := time.Now(); epochs < 200 && (epochs < 20 || time.Since(begin) < 2*time.Second); epochs++ {
 					if err := dirtyStep(m, rng, pages); err != nil {
 						t.Fatal(err)
 					}
@@ -145,6 +150,95 @@ func TestDirtyIsComplete(t *testing.T) {
 				}
 				t.Logf("%d epochs, %d pages reported, %d stamps of vCPU 0", epochs, reported, progress)
 			})
+		}
+	}
+}
+
+// TestDirtySources has a guest write, and then the host by host address, and looks what
+// each source says that it sees.
+func TestDirtySources(t *testing.T) {
+	mem, err := os.OpenFile("/proc/self/mem", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mem.Close()
+	for _, source := range DirtySources() {
+		t.Run(source.String(), func(t *testing.T) {
+			m := newMachine(t, Config{Dirty: source}, "touch", guests.Args{"pages": 4, "accesses": 4, "write": 1})
+			if err := m.LogDirty(true); err != nil {
+				t.Fatal(err)
+			}
+			harvestRAM(t, m) // what a source reports in the beginning
+			mustRun(t, m)
+			if got, want := harvestRAM(t, m), []addr.GFNRange{framesOf(0, 4)}; !slices.Equal(got, want) {
+				t.Errorf("the guest wrote %v, and reported are %v", want, got)
+			}
+			if got := harvestRAM(t, m); got != nil {
+				t.Errorf("nothing was written, and reported are %v", got)
+			}
+			if _, err := mem.WriteAt([]byte("host"), int64(m.hvas(2, 1).Start)); err != nil {
+				t.Fatal(err)
+			}
+			var want []addr.GFNRange
+			if source.Sees().Host {
+				want = append(want, framesOf(2, 1))
+			}
+			if got := harvestRAM(t, m); !slices.Equal(got, want) {
+				t.Errorf("the host wrote page 2 by its address, and reported are %v, want %v", got, want)
+			}
+		})
+	}
+}
+
+// TestRingFull has two guests write more pages than their rings have room for.
+func TestRingFull(t *testing.T) {
+	const pages = 600
+	m := newMachine(t, Config{VCPUs: 2, RAM: pages * addr.PageSize, Dirty: Ring, RingEntries: 256},
+		"touch", guests.Args{"pages": pages, "accesses": pages, "write": 1})
+	if err := m.LogDirty(true); err != nil {
+		t.Fatal(err)
+	}
+	harvestRAM(t, m)
+	mustRun(t, m)
+	if got, want := harvestRAM(t, m), []addr.GFNRange{framesOf(0, pages)}; !slices.Equal(got, want) {
+		t.Errorf("the guests wrote %v, and reported are %v", want, got)
+	}
+	if m.rings.full == 0 {
+		t.Error("no ring was full")
+	}
+}
+
+// framesOf returns the frames of n pages of RAM from page i.
+func framesOf(i, n uint64) addr.GFNRange {
+	first := gpaOf(i).GFN()
+	return addr.GFNRange{Start: first, End: first + addr.GFN(n)}
+}
+
+// harvestRAM returns the dirty frames of RAM, and commits.
+func harvestRAM(t *testing.T, m *Machine) []addr.GFNRange {
+	t.Helper()
+	h, err := m.Harvest(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := h.Commit(); err != nil {
+			t.Error(err)
+		}
+	}()
+	return slices.Collect(h.Dirty().RunsIn(framesOf(0, m.ram.Range.NPages())))
+}
+
+// TestConfigDirty wants sources that cannot be refused as such.
+func TestConfigDirty(t *testing.T) {
+	for _, c := range []Config{
+		{Dirty: DirtySource(len(sources))},
+		{Dirty: Bitmap, RingEntries: 256},
+		{Dirty: Ring, RingEntries: 300},
+	} {
+		c.RAM = addr.PageSize
+		if _, err := New(c); !errors.Is(err, ErrConfig) {
+			t.Errorf("a machine of %+v: %v", c, err)
 		}
 	}
 }

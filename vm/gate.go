@@ -2,6 +2,7 @@ package vm
 
 import (
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -40,17 +41,22 @@ import (
 // the guest may take its time, and may give the page back.
 type gate struct {
 	mu       sync.Mutex
-	changed  sync.Cond      // signalled when inside becomes empty, accesses, holds or pauses 0, or stopped true
-	holds    int            // Pauses are counted too; protected by mu
-	pauses   int            // protected by mu
-	accesses int            // tries between begin and end; protected by mu
-	inside   map[*vcpu]bool // protected by mu
-	stopped  bool           // vCPUs are not let in, and are not kept waiting; protected by mu
+	changed  sync.Cond        // signalled when inside becomes empty, or smaller while there are flushes, and when accesses, holds or pauses 0, or stopped true
+	holds    int              // Pauses are counted too; protected by mu
+	pauses   int              // protected by mu
+	accesses int              // tries between begin and end; protected by mu
+	needed   bool             // a vCPU was inside, or has come, since holds began; protected by mu
+	since    time.Time        // when holds began; protected by mu
+	paused   PauseStats       // protected by mu
+	flushes  int              // goroutines that wait in flush; protected by mu
+	entries  uint64           // of vCPUs, so far; protected by mu
+	inside   map[*vcpu]uint64 // which of the entries it was; protected by mu
+	stopped  bool             // vCPUs are not let in, and are not kept waiting; protected by mu
 }
 
 func (g *gate) init() {
 	g.changed.L = &g.mu
-	g.inside = make(map[*vcpu]bool)
+	g.inside = make(map[*vcpu]uint64)
 }
 
 // enter lets v into the guest, after all holds. It reports false if the gate has
@@ -59,13 +65,15 @@ func (g *gate) enter(v *vcpu) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for g.holds > 0 && !g.stopped {
+		g.needed = true
 		g.changed.Wait()
 	}
 	if g.stopped {
 		return false
 	}
 	v.cpu.SetImmediateExit(false)
-	g.inside[v] = true
+	g.entries++
+	g.inside[v] = g.entries
 	return true
 }
 
@@ -74,9 +82,34 @@ func (g *gate) leave(v *vcpu) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	delete(g.inside, v)
-	if len(g.inside) == 0 {
+	if len(g.inside) == 0 || g.flushes > 0 {
 		g.changed.Broadcast()
 	}
+}
+
+// flush returns when every vCPU that was inside when it was called has left the guest
+// once since. It may be inside again.
+func (g *gate) flush() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.flushes++
+	defer func() { g.flushes-- }()
+	last := g.entries
+	g.kickLocked()
+	for g.anyInsideLocked(last) {
+		g.changed.Wait()
+	}
+}
+
+// anyInsideLocked reports whether a vCPU is inside since the last of the entries, or an
+// earlier one.
+func (g *gate) anyInsideLocked(last uint64) bool {
+	for _, entry := range g.inside {
+		if entry <= last {
+			return true
+		}
+	}
+	return false
 }
 
 // begin lets a vCPU's thread try an access of the guest, after all pauses. It
@@ -113,11 +146,17 @@ func (g *gate) end() {
 func (g *gate) Hold() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.holds++
-	g.kickLocked()
+	g.holdLocked()
 	for len(g.inside) > 0 {
 		g.changed.Wait()
 	}
+}
+
+func (g *gate) holdLocked() {
+	if g.holds++; g.holds == 1 {
+		g.since, g.needed = time.Now(), len(g.inside) > 0
+	}
+	g.kickLocked()
 }
 
 // Release ends one Hold.
@@ -132,6 +171,9 @@ func (g *gate) releaseLocked() {
 		panic("vm: a gate is released that nobody holds")
 	}
 	if g.holds--; g.holds == 0 {
+		if g.needed {
+			g.paused.add(time.Since(g.since))
+		}
 		g.changed.Broadcast()
 	}
 }
@@ -146,9 +188,8 @@ func (g *gate) Pause() {
 	lockorder.Wait(lockorder.MmapLock)
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.holds++
+	g.holdLocked()
 	g.pauses++
-	g.kickLocked()
 	for len(g.inside) > 0 || g.accesses > 0 {
 		g.changed.Wait()
 	}
@@ -165,6 +206,13 @@ func (g *gate) Resume() {
 		g.changed.Broadcast()
 	}
 	g.releaseLocked()
+}
+
+// stats returns how long vCPUs have been kept out so far.
+func (g *gate) stats() PauseStats {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.paused.Since(PauseStats{})
 }
 
 // stop makes every vCPU leave, and enter report false until restart.

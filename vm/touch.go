@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -83,7 +84,8 @@ func (v *vcpu) exitError(exit kvm.Exit, reason string) error {
 	case *kvm.InternalErrorExit:
 		// The instruction may be one that KVM could not fetch: an instruction
 		// fetch from a page without a slot ends like this.
-		if u, ok := v.firstUnbacked(&regs); ok {
+		uses, _ := v.uses(&regs)
+		if u, ok := v.firstUnbacked(uses); ok {
 			return v.describe(e, u)
 		}
 	case *kvm.ShutdownExit:
@@ -185,7 +187,7 @@ func (v *vcpu) touch(ctx context.Context, e *kvm.MMIOExit) error {
 		return nil
 	}
 	v.record(u, "stopped")
-	failed := &ExitError{VCPU: v.id, Exit: e.String(), Reason: "the guest used RAM that the host has taken away"}
+	failed := &ExitError{VCPU: v.id, Exit: e.String(), Reason: takenAway}
 	if _, err := v.m.hva(e.GPA); err != nil {
 		failed.Reason = "the guest used an address where there is no RAM"
 	}
@@ -195,6 +197,8 @@ func (v *vcpu) touch(ctx context.Context, e *kvm.MMIOExit) error {
 	return v.describe(failed, u)
 }
 
+const takenAway = "the guest used RAM that the host has taken away"
+
 func fill(p []byte) {
 	for i := range p {
 		p[i] = 0xff
@@ -202,12 +206,15 @@ func fill(p []byte) {
 }
 
 // wait tries an access until it succeeds, if the machine's policy is to wait
-// and the address is RAM; otherwise it tries once. When ctx is done it gives up
-// with errStopped.
+// and the address is RAM; otherwise it tries once. It tries again when the slots
+// have changed, and when a bracket has ended: slots that are coarse, or could not be
+// cut, stay as they are when memory comes back. When ctx is done it gives up with
+// errStopped.
 func (v *vcpu) wait(ctx context.Context, u use, try func() error) error {
 	waited := false
 	for {
-		changed := v.m.tracker.Slots().Changed() // before the try: what changes after it is not missed
+		// Before the try: what changes after it is not missed.
+		changed, ended := v.m.tracker.Slots().Changed(), v.m.tracker.Ended()
 		err := try()
 		if err == nil {
 			if waited {
@@ -228,6 +235,7 @@ func (v *vcpu) wait(ctx context.Context, u use, try func() error) error {
 		}
 		select {
 		case <-changed:
+		case <-ended:
 		case <-ctx.Done():
 			return errStopped
 		}
@@ -256,7 +264,8 @@ type faults struct {
 // and that somebody can be off its processor in the middle.
 const faultPatience = 200 * time.Millisecond
 
-// handleFault finds out why KVM_RUN could not reach the host memory of a slot.
+// handleFault finds out why KVM_RUN could not reach the host memory of a slot: a use
+// of what is not mapped, where slots are coarse, or could not be cut; or a stray change.
 // The guest is as it was before the instruction, which can be run again.
 // Changes is the number of changes to mappings before the guest ran.
 func (v *vcpu) handleFault(ctx context.Context, changes uint64) error {
@@ -264,44 +273,53 @@ func (v *vcpu) handleFault(ctx context.Context, changes uint64) error {
 	if err != nil {
 		return err
 	}
-	u, found := v.firstUnbacked(&regs)
-	if found {
+	e := &ExitError{VCPU: v.id, RIP: regs.Rip, Err: unix.EFAULT, Exit: "KVM_RUN", Reason: takenAway}
+	coarse := v.m.tracker.Coarse()
+	ended := v.m.tracker.Ended()
+	uses, decoded := v.uses(&regs)
+	u, found := v.firstUnbacked(uses)
+	switch {
+	case found:
 		if s, _ := v.m.tracker.Slots().Lookup(u.gpa.GFN()); s.Access&u.access != u.access {
 			return nil // the slot has been cut since: the next try is an exit that names the address
 		}
-		// The slot is there and its memory is not: KVM refused to cut it.
+		// The slot is there and its memory is not.
 		err := v.wait(ctx, u, func() error { return v.backed(u) })
 		if err == nil || errors.Is(err, errStopped) {
 			return nil
 		}
-	}
-	if !found {
-		if v.m.memory.Changes() != changes {
-			return nil // a change of ours came in between, and is complete now
+		v.record(u, "stopped")
+		if !coarse {
+			e.Reason = "the guest used memory whose host mapping is missing"
 		}
-		f, now := &v.faults, time.Now()
-		if f.rip != regs.Rip || now.Sub(f.last) > faultPatience {
-			*f = faults{rip: regs.Rip, since: now, pause: 50 * time.Microsecond}
-		}
-		if f.last = now; now.Sub(f.since) < faultPatience {
+		return v.describe(e, u)
+	case v.m.memory.Changes() != changes:
+		return nil // a change of ours came in between, and is complete now
+	case coarse && !decoded:
+		if v.m.config.Touch == Wait {
+			// Whatever it uses, it need not be tried before something has changed.
 			select {
-			case <-time.After(f.pause):
+			case <-ended:
 			case <-ctx.Done():
 			}
-			f.pause = min(2*f.pause, 10*time.Millisecond)
 			return nil
 		}
+		e.Reason += ", by an instruction that cannot be decoded: the address is not known"
+		return e
 	}
-	e := &ExitError{
-		VCPU: v.id, RIP: regs.Rip, Err: unix.EFAULT, Exit: "KVM_RUN",
-		Reason: "the guest used memory whose host mapping is missing",
+	f, now := &v.faults, time.Now()
+	if f.rip != regs.Rip || now.Sub(f.last) > faultPatience {
+		*f = faults{rip: regs.Rip, since: now, pause: 50 * time.Microsecond}
 	}
-	if found {
-		v.record(u, "stopped")
-		return v.describe(e, u)
+	if f.last = now; now.Sub(f.since) < faultPatience {
+		select {
+		case <-time.After(f.pause):
+		case <-ctx.Done():
+		}
+		f.pause = min(2*f.pause, 10*time.Millisecond)
+		return nil
 	}
-	e.Reason += ", though no operation of this machine removed it: something else in this process changed it"
-	uses := v.uses(&regs)
+	e.Reason = "the guest used memory whose host mapping is missing, though no operation of this machine removed it: something else in this process changed it"
 	for _, u := range uses {
 		if v.probeHost(u) != nil {
 			return v.describe(e, u)
@@ -330,10 +348,9 @@ func (v *vcpu) probeHost(u use) error {
 	return v.m.ReadGuest(u.gpa, make([]byte, u.n))
 }
 
-// firstUnbacked returns the first use of memory by the instruction at rip that
-// the host's mappings do not allow.
-func (v *vcpu) firstUnbacked(regs *kvm.Regs) (use, bool) {
-	for _, u := range v.uses(regs) {
+// firstUnbacked returns the first of uses that the host's mappings do not allow.
+func (v *vcpu) firstUnbacked(uses []use) (use, bool) {
+	for _, u := range uses {
 		if v.backed(u) != nil {
 			return u, true
 		}
@@ -342,10 +359,8 @@ func (v *vcpu) firstUnbacked(regs *kvm.Regs) (use, bool) {
 }
 
 // uses returns the uses of guest RAM by the instruction at rip, beginning with
-// its fetch. Because it is not told which operands are read and which are
-// written, an operand is used for reading first, and then for writing.
-func (v *vcpu) uses(regs *kvm.Regs) []use {
-	var uses []use
+// its fetch, and whether it could be decoded: if not, the fetch is all.
+func (v *vcpu) uses(regs *kvm.Regs) (uses []use, decoded bool) {
 	code := make([]byte, 0, 15)
 	for len(code) < cap(code) {
 		at := addr.GVA(regs.Rip + uint64(len(code)))
@@ -363,36 +378,42 @@ func (v *vcpu) uses(regs *kvm.Regs) []use {
 	}
 	sregs, err := v.cpu.Sregs()
 	if err != nil {
-		return uses
+		return uses, false
 	}
 	inst, err := x86asm.Decode(code, 64)
-	if err != nil {
-		return uses
+	if err != nil || inst.Op == 0 {
+		return uses, false
 	}
 	for _, op := range operands(&inst, regs, &sregs) {
 		// An operand may cross a page border: each side counts for itself.
 		for n := op.n; n > 0; {
 			part := min(n, int(addr.PageSize-op.gva&addr.PageMask))
 			if t, err := v.cpu.Translate(op.gva); err == nil && t.Valid {
-				uses = append(uses, use{t.GPA, part, addr.Read}, use{t.GPA, part, addr.ReadWrite})
+				if op.access&addr.Read != 0 {
+					uses = append(uses, use{t.GPA, part, addr.Read})
+				}
+				if op.access&addr.Write != 0 {
+					uses = append(uses, use{t.GPA, part, addr.ReadWrite})
+				}
 			}
 			op.gva, n = op.gva+addr.GVA(part), n-part
 		}
 	}
-	return uses
+	return uses, true
 }
 
 // operand is memory that an instruction names.
 type operand struct {
-	gva addr.GVA
-	n   int
+	gva    addr.GVA
+	n      int
+	access addr.Access // Read, Write, or ReadWrite: read, and then written
 }
 
 // operands returns the memory operands of an instruction, those of the stack
 // included.
 func operands(inst *x86asm.Inst, regs *kvm.Regs, sregs *kvm.Sregs) []operand {
 	var ops []operand
-	for _, arg := range inst.Args {
+	for i, arg := range inst.Args {
 		if mem, ok := arg.(x86asm.Mem); ok && inst.Op != x86asm.LEA && inst.Op != x86asm.NOP {
 			gva := uint64(mem.Disp)
 			gva += register(mem.Base, inst, regs) + uint64(mem.Scale)*register(mem.Index, inst, regs)
@@ -406,19 +427,47 @@ func operands(inst *x86asm.Inst, regs *kvm.Regs, sregs *kvm.Sregs) []operand {
 			if n == 0 {
 				n = stringBytes(inst.Op)
 			}
-			ops = append(ops, operand{addr.GVA(gva), n})
+			access := addr.Read // of sources
+			if i == 0 {
+				access = destination(inst.Op)
+			}
+			ops = append(ops, operand{addr.GVA(gva), n, access})
 		}
 	}
 	const word = 8
 	switch inst.Op {
 	case x86asm.PUSH, x86asm.CALL, x86asm.PUSHF, x86asm.PUSHFQ, x86asm.ENTER:
-		ops = append(ops, operand{addr.GVA(regs.Rsp - word), word})
+		ops = append(ops, operand{addr.GVA(regs.Rsp - word), word, addr.Write})
 	case x86asm.POP, x86asm.RET, x86asm.POPF, x86asm.POPFQ:
-		ops = append(ops, operand{addr.GVA(regs.Rsp), word})
+		ops = append(ops, operand{addr.GVA(regs.Rsp), word, addr.Read})
 	case x86asm.LEAVE:
-		ops = append(ops, operand{addr.GVA(regs.Rbp), word})
+		ops = append(ops, operand{addr.GVA(regs.Rbp), word, addr.Read})
 	}
 	return ops
+}
+
+// destination returns how an instruction uses the first of its operands. That it
+// writes must not be said of one that only reads: it would be made to wait until
+// it may.
+func destination(op x86asm.Op) addr.Access {
+	switch op {
+	case x86asm.BT, x86asm.CALL, x86asm.CLFLUSH, x86asm.CMP, x86asm.CMPSB, x86asm.CMPSW, x86asm.CMPSD, x86asm.CMPSQ,
+		x86asm.DIV, x86asm.FRSTOR, x86asm.FXRSTOR, x86asm.FXRSTOR64, x86asm.IDIV, x86asm.IMUL, x86asm.JMP, x86asm.LCALL, x86asm.LDMXCSR,
+		x86asm.LJMP, x86asm.MUL, x86asm.PUSH, x86asm.TEST, x86asm.XRSTOR, x86asm.XRSTOR64:
+		return addr.Read
+	case x86asm.POP:
+		return addr.Write
+	}
+	is := func(prefixes ...string) bool {
+		return slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(op.String(), p) })
+	}
+	switch {
+	case is("MOV", "VMOV", "SET", "STOS", "INS", "FST", "FNST", "FIST", "FBSTP", "FNSAVE", "FXSAVE", "STMXCSR"):
+		return addr.Write
+	case is("F", "PREFETCH"): // arithmetic with a floating-point register
+		return addr.Read
+	}
+	return addr.ReadWrite
 }
 
 // stringBytes returns the size of a string instruction's element, which the

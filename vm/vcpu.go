@@ -175,6 +175,8 @@ func (v *vcpu) handle(ctx context.Context, exit kvm.Exit) error {
 		return v.portIO(e)
 	case *kvm.MMIOExit:
 		return v.touch(ctx, e)
+	case *kvm.DirtyRingFullExit:
+		return v.m.rings.makeRoom()
 	case *kvm.HLTExit:
 		// There is no interrupt controller: nothing would wake it.
 		v.exited = true

@@ -25,6 +25,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -46,12 +47,15 @@ const (
 	// Stop ends the run with an [ExitError].
 	Stop Touch = iota
 
-	// Float is an empty bus: reads give all ones, writes are dropped.
+	// Float is an empty bus: reads give all ones, writes are dropped. It takes slots
+	// that are precise. While they are coarse, see MaxSlots, it is Stop.
 	Float
 
 	// Wait keeps the vCPU out of the guest until the host allows the access
-	// again, and completes it then. A read and a write of one instruction are
-	// completed separately: an atomic instruction is not atomic across them.
+	// again, and completes it then. Where no slot allows the access, a read and a
+	// write of one instruction are completed separately: an atomic instruction is
+	// not atomic across them. Where a slot does, as with the policy Lazy, the
+	// instruction is run again.
 	Wait
 )
 
@@ -73,10 +77,21 @@ type Config struct {
 	RAM        uint64     // bytes of RAM whose mappings may change; a multiple of the page size; 0 is an error
 	VCPUs      int        // 0: one
 	Backing    mm.Backing // of the RAM
+	File       *os.File   // what Backing mm.File or mm.FilePrivate maps, from its start: see mm.RegionConfig.File
 	Spare      uint64     // bytes of host addresses, not mapped, that RAM can be moved to; 0: none
 	Overcommit bool       // allow more RAM than the host has memory and swap
 	Touch      Touch
-	Ring0      bool // start guests at CPL 0, which some hosts emulate, instead of 3
+	Policy     shadow.Policy // how slots follow the mappings; Lazy does not go with Float
+	Ring0      bool          // start guests at CPL 0, which some hosts emulate, instead of 3
+
+	// MaxSlots is how many memory slots there are at most: 4 or more. If what is mapped is
+	// in more pieces than that, the slots are coarse, and precise again once half as
+	// many are enough: see [shadow.Tracker.Coarse]. 0, or more than KVM has: as many as
+	// KVM has.
+	MaxSlots int
+
+	Dirty       DirtySource // who tells what the guest writes, while LogDirty is on
+	RingEntries uint32      // of each vCPU's ring, with Ring: a power of two, 256 to 65536 on most hosts; 0: 4096
 
 	// Disconnected leaves the tracker out of the notifier's chain, so that the
 	// slots follow nothing: to show, and to test for, what goes wrong then.
@@ -108,6 +123,8 @@ type Machine struct {
 	vcpus   []*vcpu
 	gate    gate
 	devices devices
+	source  source
+	rings   *rings // source, if that is Ring; otherwise nil
 
 	mu     sync.Mutex         // protects what follows
 	cancel context.CancelFunc // ends the run in progress; nil: none is
@@ -122,6 +139,9 @@ type Machine struct {
 func New(c Config) (_ *Machine, err error) {
 	if c.VCPUs == 0 {
 		c.VCPUs = 1
+	}
+	if c.Dirty == Ring && c.RingEntries == 0 {
+		c.RingEntries = ringEntries
 	}
 	if err := c.check(); err != nil {
 		return nil, fmt.Errorf("make a machine: %w", err)
@@ -150,12 +170,21 @@ func New(c Config) (_ *Machine, err error) {
 	if err := exitOnEmulationFailure(m.vm); err != nil {
 		return nil, err
 	}
+	source, err := m.openSource()
+	if err != nil {
+		return nil, fmt.Errorf("dirty source %v: %w", c.Dirty, err)
+	}
+	m.source = source
 	slots, err := m.vm.CheckExtension(kvm.CapNrMemslots)
 	if err != nil {
 		return nil, err
 	}
+	if c.MaxSlots != 0 {
+		slots = min(slots, c.MaxSlots)
+	}
 	m.memory = mm.New(c.Log)
 	m.tracker = shadow.NewTracker(m.memory, (*backend)(m), uint32(slots), c.Log)
+	m.tracker.SetPolicy(c.Policy)
 	if !c.Disconnected {
 		if err := m.memory.AddressSpace().Register(context.Background(), m.tracker); err != nil {
 			return nil, err
@@ -191,6 +220,10 @@ func Capabilities() []kvm.Cap {
 // work on no machine.
 var ErrConfig = errors.New("the configuration is not valid")
 
+// minSlots is the least MaxSlots: RAM and what is below it each have a slot, and for the
+// slots to become precise again half have to be enough.
+const minSlots = 4
+
 // check reports what is wrong with c on every machine, or on this one.
 func (c *Config) check() error {
 	invalid := func(format string, args ...any) error {
@@ -207,10 +240,24 @@ func (c *Config) check() error {
 		return invalid("%d vCPUs are not in 1 to %d", c.VCPUs, guests.MaxVCPUs)
 	case c.Spare%addr.PageSize != 0:
 		return invalid("%d spare bytes are not a multiple of the page size, %d", c.Spare, addr.PageSize)
-	case c.Backing > mm.MemfdPrivate:
+	case c.Backing > mm.FilePrivate:
 		return invalid("there is no %v", c.Backing)
+	case (c.File != nil) != (c.Backing == mm.File || c.Backing == mm.FilePrivate):
+		return invalid("a file is needed for RAM of backing %v or %v, and no other", mm.File, mm.FilePrivate)
 	case c.Touch > Wait:
 		return invalid("there is no %v", c.Touch)
+	case c.Policy > shadow.Lazy:
+		return invalid("there is no %v", c.Policy)
+	case c.Policy == shadow.Lazy && c.Touch == Float:
+		return invalid("touches cannot float with slots that are lazy: KVM does not complete an access that a slot allows")
+	case c.MaxSlots != 0 && c.MaxSlots < minSlots:
+		return invalid("%d memory slots at most: it takes %d", c.MaxSlots, minSlots)
+	case int(c.Dirty) >= len(sources):
+		return invalid("there is no %v", c.Dirty)
+	case c.Dirty != Ring && c.RingEntries != 0:
+		return invalid("%d entries of a ring, and the dirty source is %v", c.RingEntries, c.Dirty)
+	case c.RingEntries&(c.RingEntries-1) != 0:
+		return invalid("%d entries of a ring are not a power of two", c.RingEntries)
 	}
 	if c.Overcommit {
 		return nil
@@ -230,11 +277,15 @@ func (m *Machine) addMemory() (err error) {
 	if m.boot, err = m.memory.NewRegion(mm.RegionConfig{Name: "boot", Size: guests.BootSize, Pinned: true}); err != nil {
 		return err
 	}
-	if m.ram, err = m.memory.NewRegion(mm.RegionConfig{Name: "ram", Size: m.config.RAM, Backing: m.config.Backing}); err != nil {
+	if m.ram, err = m.memory.NewRegion(mm.RegionConfig{Name: "ram", Size: m.config.RAM, Backing: m.config.Backing, File: m.config.File}); err != nil {
 		return err
 	}
 	if m.config.Spare != 0 {
-		if m.spare, err = m.memory.NewRegion(mm.RegionConfig{Name: "spare", Size: m.config.Spare, Backing: m.config.Backing, Reserved: true}); err != nil {
+		backing := m.config.Backing
+		if m.config.File != nil {
+			backing = mm.Anonymous // what is moved there is still the file's
+		}
+		if m.spare, err = m.memory.NewRegion(mm.RegionConfig{Name: "spare", Size: m.config.Spare, Backing: backing, Reserved: true}); err != nil {
 			return err
 		}
 	}
@@ -278,6 +329,9 @@ func (m *Machine) free() error {
 	if m.memory != nil {
 		errs = append(errs, m.memory.Close())
 	}
+	if m.source != nil {
+		errs = append(errs, m.source.close())
+	}
 	if m.vm != nil {
 		errs = append(errs, m.vm.Close())
 	}
@@ -316,6 +370,9 @@ func (m *Machine) Pause() { m.gate.Pause() }
 // Resume ends one Pause.
 func (m *Machine) Resume() { m.gate.Resume() }
 
+// Pauses returns how long vCPUs have been kept out of the guest so far.
+func (m *Machine) Pauses() PauseStats { return m.gate.stats() }
+
 // Table returns the table through which the host's side uses the guest's memory: see
 // there for accesses of other kinds, and for the log of what was written.
 func (m *Machine) Table() *shadow.Table { return m.tracker.Table() }
@@ -340,14 +397,14 @@ func (m *Machine) Load64(gpa addr.GPA) (uint64, error) { return m.tracker.Table(
 // Store64 writes the 8 bytes at gpa, a multiple of 8, as one atomic access.
 func (m *Machine) Store64(gpa addr.GPA, v uint64) error { return m.tracker.Table().Store64(gpa, v) }
 
-// LogDirty has KVM log what the guest writes from now on, or no more. Each page costs
-// the guest a fault at its first write after each Harvest. What the machine itself
+// LogDirty has what the guest writes logged from now on, or no more, by Config.Dirty. Each
+// page costs the guest a fault at its first write after each Harvest. What the machine itself
 // writes, and what changes of mappings do, is logged always.
 func (m *Machine) LogDirty(on bool) error { return m.tracker.LogDirty(on) }
 
 // Harvest takes out of the dirty log which pages of guest memory have changed since it
 // was last harvested, and from what: see [shadow.Tracker.Harvest]. Vcpus go on. What
-// is written by host address, through Memory, or by others, is not in it.
+// is written by host address is in it if Config.Dirty sees that.
 func (m *Machine) Harvest(ctx context.Context) (*dirty.Harvest, error) { return m.tracker.Harvest(ctx) }
 
 // Result reads a result word of a vCPU's guest; word 0 is its progress.
@@ -376,18 +433,23 @@ func (b *backend) CreateSlot(s shadow.Slot) error {
 		r.Flags |= kvm.MemReadonly
 	}
 	if s.LogDirty {
-		r.Flags |= kvm.MemLogDirtyPages
+		r.Flags |= b.source.slotFlags()
 	}
 	return b.vm.SetMemoryRegion(r)
 }
 
 // ChangeSlot is the same request: KVM sees what is different.
-func (b *backend) ChangeSlot(_, s shadow.Slot) error { return b.CreateSlot(s) }
+func (b *backend) ChangeSlot(from, s shadow.Slot) error {
+	if err := b.CreateSlot(s); err != nil || from.LogDirty || !s.LogDirty {
+		return err
+	}
+	return b.source.begin(s)
+}
 
 func (b *backend) DeleteSlot(s shadow.Slot) error {
 	return b.vm.SetMemoryRegion(kvm.MemoryRegion{Slot: s.ID, GPA: s.GFN.GPA()})
 }
 
-func (b *backend) DirtyLog(s shadow.Slot, bitmap []uint64) error {
-	return b.vm.GetDirtyLog(s.ID, bitmap)
+func (b *backend) DirtyLog(slots []shadow.Slot, written *dirty.Set) error {
+	return b.source.collect(slots, written)
 }
