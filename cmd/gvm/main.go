@@ -79,6 +79,7 @@ command line is, and 3 if the machine lacks something that gvm needs. "gvm run"
 exits with the status of a guest that exits by itself.`,
 		Commands: []*cli.Command{
 			demoCommand(),
+			dirtyCommand(),
 			doctorCommand(),
 			guestsCommand(),
 			helpCommand(),

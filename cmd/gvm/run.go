@@ -78,26 +78,34 @@ func (cfg *runConfig) parse(args []string) (err error) {
 	if len(args) == 0 {
 		return errors.New(`which guest? "gvm guests" lists them`)
 	}
-	if cfg.guest, err = guests.Lookup(args[0]); err != nil {
+	if cfg.guest, cfg.args, err = parseGuest(args, &cfg.machine); err != nil {
 		return err
-	}
-	cfg.args = guests.Args{}
-	for _, arg := range args[1:] {
-		if strings.HasPrefix(arg, "-") {
-			return fmt.Errorf("flags go before the guest: put %s before %s", arg, args[0])
-		}
-		if err := cfg.guest.Parse(cfg.args, arg); err != nil {
-			return err
-		}
-	}
-	if n := cfg.machine.VCPUs; n < 1 || n > guests.MaxVCPUs {
-		return fmt.Errorf("%d vCPUs are not in 1 to %d", n, guests.MaxVCPUs)
 	}
 	if cfg.timeout < 0 {
 		return fmt.Errorf("a timeout of %v is negative", cfg.timeout)
 	}
-	_, err = cfg.guest.ParamPage(cfg.args, cfg.machine.VCPUs, cfg.machine.RAM) // what depends on the size of RAM
-	return err
+	return nil
+}
+
+// parseGuest reads a guest and its parameters, and checks them for a machine.
+func parseGuest(args []string, m *vm.Config) (g guests.Guest, values guests.Args, err error) {
+	if g, err = guests.Lookup(args[0]); err != nil {
+		return g, nil, err
+	}
+	values = guests.Args{}
+	for _, arg := range args[1:] {
+		if strings.HasPrefix(arg, "-") {
+			return g, nil, fmt.Errorf("flags go before the guest: put %s before %s", arg, args[0])
+		}
+		if err := g.Parse(values, arg); err != nil {
+			return g, nil, err
+		}
+	}
+	if n := m.VCPUs; n < 1 || n > guests.MaxVCPUs {
+		return g, nil, fmt.Errorf("%d vCPUs are not in 1 to %d", n, guests.MaxVCPUs)
+	}
+	_, err = g.ParamPage(values, m.VCPUs, m.RAM) // what depends on the size of RAM
+	return g, values, err
 }
 
 // runReport is the document of "gvm run --json".

@@ -1,0 +1,408 @@
+package epoch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/dirty"
+	"github.com/secondmmu/gvm/guests"
+	"github.com/secondmmu/gvm/hostops"
+	"github.com/secondmmu/gvm/vm"
+)
+
+// Config describes a run.
+type Config struct {
+	// Machine is the machine, with its dirty source. A guest that touches what is not
+	// there waits, and there is a spare region for operations that move pages, whatever
+	// it says of those. OnMark is called by the run as well as the script's.
+	Machine vm.Config
+	Guest   guests.Guest
+	Args    guests.Args
+
+	Epochs   int           // at least 1
+	Interval time.Duration // that the guest runs at least, in each; not negative
+	Rest     uint64        // pages that may be left dirty when the guest is paused
+
+	Script *hostops.Script // operations of the host; nil: none, unless Random
+	Random bool            // operations at random, and no Script
+	Seed   uint64          // of operations, and of snapshots that fail
+
+	Verify bool
+	Defect string // in a build with the tag gvm_defects; "": none
+
+	// OnEpoch is called at the end of each epoch. nil: it is not.
+	OnEpoch func(*Epoch)
+}
+
+// Epoch is one of a run. Times are in nanoseconds.
+type Epoch struct {
+	Source string `json:"source"` // by its stable name
+	Number int    `json:"epoch"`  // from 1
+	vm.Checkpoint
+	Discarded uint64 `json:"discarded"` // pages that read zero, or as their file, since
+
+	// Failed says that the snapshot failed, on purpose, and its harvest was aborted. The
+	// epoch is not verified then.
+	Failed bool `json:"failed"`
+
+	Ops      uint64    `json:"ops"`      // of the host
+	Progress uint64    `json:"progress"` // of the guest, all vCPUs together, since the start
+	Spurious uint64    `json:"spurious"` // pages that were reported, and were what they had been
+	Missing  []Missing `json:"missing"`  // pages that should have been reported
+
+	Dirty *dirty.Set `json:"-"` // what was reported
+}
+
+// Missing is a page that has changed and that no harvest has reported.
+type Missing struct {
+	GFN addr.GFN `json:"gfn"`
+
+	// Op is the operation of the host that had to do with it last, of those since the copy
+	// was last compared; empty if there was none, and it was lost as a store.
+	Op string `json:"op,omitempty"`
+}
+
+func (m Missing) String() string {
+	if m.Op == "" {
+		return fmt.Sprintf("%v, by a store", m.GFN)
+	}
+	return fmt.Sprintf("%v, by %s", m.GFN, m.Op)
+}
+
+// Result is what became of a run.
+type Result struct {
+	Source   string         `json:"source"`
+	Sees     vm.Sees        `json:"sees"`
+	VCPUs    int            `json:"vcpus"`
+	Epochs   int            `json:"epochs"`
+	Verified int            `json:"verified"` // epochs in which the copy was compared
+	Failed   int            `json:"failed"`   // epochs whose snapshot failed on purpose
+	Pages    uint64         `json:"pages"`    // reported, in all epochs
+	Spurious uint64         `json:"spurious"`
+	Missing  uint64         `json:"missing"`
+	Cost     time.Duration  `json:"cost"` // of all harvests
+	Pauses   vm.PauseStats  `json:"pauses"`
+	HostOps  *hostops.Stats `json:"host_ops,omitempty"`
+	Exited   bool           `json:"exited"` // the guest came to its end before the run
+	Seconds  float64        `json:"seconds"`
+	Took     time.Duration  `json:"-"`
+}
+
+// spare is how many pages operations may move RAM to.
+const spare = 16
+
+// errSnapshot is the failure of a snapshot that is made to fail.
+var errSnapshot = errors.New("the snapshot is made to fail")
+
+// run is a run in progress.
+type run struct {
+	config Config
+	m      *vm.Machine
+	runner *hostops.Runner // nil: there are no operations
+	copy   *mirror         // nil: the run is not verified
+	rng    *rand.Rand
+
+	opsMu    sync.Mutex // held while an operation is carried out
+	compared uint64     // operations carried out when the copy was last compared
+	result   Result
+}
+
+// Run carries a run out. It returns what came of it until the end, or until it failed:
+// because the guest did, an operation of the host, or the harvest, or because ctx was done.
+// Missing pages are no error.
+func Run(ctx context.Context, c Config) (_ *Result, err error) {
+	r := &run{config: c, rng: rand.New(rand.NewPCG(c.Seed, 1))}
+	if err := r.open(); err != nil {
+		return nil, err
+	}
+	begin := time.Now()
+	defer func() {
+		r.result.Took = time.Since(begin)
+		r.result.Seconds = r.result.Took.Seconds()
+		err = errors.Join(err, r.m.Close())
+	}()
+	if err := r.begin(ctx); err != nil {
+		return &r.result, err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	if err := r.m.Start(ctx); err != nil {
+		return &r.result, err
+	}
+	defer func() {
+		cancel(errDone)
+		if _, failed := r.m.Wait(); !errors.Is(failed, context.Cause(ctx)) { // which is in err, if it is not errDone
+			err = errors.Join(failed, err)
+		}
+	}()
+	stopOps := r.startOps(ctx, cancel)
+	defer stopOps()
+	for n := 1; n <= c.Epochs && !r.result.Exited; n++ {
+		if err := r.wait(ctx); err != nil {
+			return &r.result, err
+		}
+		if n == c.Epochs || r.result.Exited {
+			// Nothing is to be missing from the last comparison.
+			if stopOps(); r.runner != nil {
+				if err := r.runner.Restore(ctx); err != nil {
+					return &r.result, err
+				}
+			}
+		}
+		if err := r.epoch(ctx, n); err != nil {
+			return &r.result, err
+		}
+	}
+	return &r.result, nil
+}
+
+// errDone ends the guest at the end of a run.
+var errDone = errors.New("the run is done")
+
+// open makes the machine and what it runs under.
+func (r *run) open() (err error) {
+	c := &r.config
+	if c.Epochs < 1 || c.Interval < 0 || c.Script != nil && c.Random {
+		return fmt.Errorf("%w: %d epochs of %v, or a script and random operations", vm.ErrConfig, c.Epochs, c.Interval)
+	}
+	c.Machine.Touch = vm.Wait
+	if c.Script != nil || c.Random {
+		c.Machine.Spare = spare * addr.PageSize
+	}
+	onMark := c.Machine.OnMark
+	c.Machine.OnMark = func(vcpu int, mark uint32) error {
+		if r.runner != nil {
+			r.runner.Mark(mark)
+		}
+		if onMark != nil {
+			return onMark(vcpu, mark)
+		}
+		return nil
+	}
+	if r.m, err = vm.New(c.Machine); err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.m.Close())
+		}
+	}()
+	if err := setDefect(r.m, c.Defect); err != nil {
+		return err
+	}
+	if err := r.m.Boot(c.Guest, c.Args); err != nil {
+		return err
+	}
+	return r.openOps()
+}
+
+func (r *run) openOps() (err error) {
+	c := &r.config
+	if c.Script == nil && !c.Random {
+		return nil
+	}
+	ops := hostops.Config{Target: r.target(), Script: c.Script, Seed: c.Seed}
+	if c.Random {
+		ops.Random = hostops.NewRandom(hostops.RandomConfig{
+			Seed: c.Seed, Pages: c.Machine.RAM >> addr.PageShift, Backing: c.Machine.Backing, Spare: spare, Missing: 3,
+		})
+	}
+	r.runner, err = hostops.NewRunner(ops)
+	return err
+}
+
+// target is the guest's memory, as operations of the host see it.
+func (r *run) target() hostops.Target {
+	gpa := func(page, offset uint64) addr.GPA { return guests.RAMBase + addr.GPA(page<<addr.PageShift+offset) }
+	return hostops.Target{
+		Memory: r.m.Memory(), RAM: r.m.RAM(), Spare: r.m.Spare(),
+		HVA:     func(page uint64) (addr.HVA, bool) { return r.m.Slots().HVA(gpa(page, 0)) },
+		Store64: func(page, offset, value uint64) error { return r.m.Store64(gpa(page, offset), value) },
+		Write:   func(page, offset uint64, p []byte) error { return r.m.WriteGuest(gpa(page, offset), p) },
+	}
+}
+
+// begin has the guest's writes logged, and makes the copy, before the guest runs.
+func (r *run) begin(ctx context.Context) error {
+	c := &r.config
+	r.result = Result{Source: c.Machine.Dirty.String(), Sees: c.Machine.Dirty.Sees(), VCPUs: max(c.Machine.VCPUs, 1)}
+	if err := r.m.LogDirty(true); err != nil {
+		return err
+	}
+	h, err := r.m.Harvest(ctx) // what was loaded, and what a source reports in the beginning
+	if err != nil {
+		return err
+	}
+	if err := h.Commit(); err != nil || !c.Verify {
+		return err
+	}
+	first := guests.RAMBase.GFN()
+	all := []addr.GFNRange{
+		{Start: 0, End: addr.GFN(guests.BootSize >> addr.PageShift)},
+		{Start: first, End: first + addr.GFN(c.Machine.RAM>>addr.PageShift)},
+	}
+	if r.copy, err = newMirror(r.m, all...); err != nil {
+		return err
+	}
+	if c.Defect == CopyBeforeClear {
+		r.copy.early, err = newMirror(r.m, all...)
+	}
+	return err
+}
+
+// startOps has operations carried out until the function that it returns is called. If
+// one fails, it cancels the run.
+func (r *run) startOps(ctx context.Context, cancel context.CancelCauseFunc) (stop func()) {
+	if r.runner == nil {
+		return func() {}
+	}
+	ctx, end := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		rng := rand.New(rand.NewPCG(r.config.Seed, 2))
+		for ctx.Err() == nil {
+			r.opsMu.Lock()
+			err := r.runner.Step(ctx)
+			r.opsMu.Unlock()
+			if err != nil && ctx.Err() == nil {
+				cancel(err)
+				return
+			}
+			// The guest must get on between two operations, or there is nothing to see.
+			time.Sleep(50*time.Microsecond + time.Duration(rng.Int64N(int64(300*time.Microsecond))))
+		}
+	}()
+	return func() { end(); <-done }
+}
+
+// wait returns at the end of an interval, or when the guest has come to its end.
+func (r *run) wait(ctx context.Context) error {
+	timer := time.NewTimer(r.config.Interval)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	case <-r.m.Done():
+	}
+	select {
+	case <-r.m.Done():
+		_, err := r.m.Wait()
+		r.result.Exited = err == nil
+		return err
+	default:
+		return context.Cause(ctx)
+	}
+}
+
+// epoch takes the checkpoint of an epoch.
+func (r *run) epoch(ctx context.Context, n int) (err error) {
+	e := &Epoch{Source: r.result.Source, Number: n, Missing: []Missing{}, Dirty: new(dirty.Set)}
+	var compare time.Duration
+	failing := r.copy != nil && n < r.config.Epochs && r.rng.IntN(8) == 0
+	spurious := uint64(0)
+	if r.copy != nil {
+		spurious = r.copy.spurious
+	}
+	e.Checkpoint, err = r.m.Checkpoint(ctx, vm.CheckpointConfig{
+		Rest: r.config.Rest, Quiesce: r.opsMu.Lock, Resume: r.opsMu.Unlock,
+		Save: func(h *dirty.Harvest, paused bool) error {
+			if failing && (paused || r.rng.IntN(2) == 0) {
+				e.Failed = true
+				if r.config.Defect == NotTransactional {
+					return nil
+				}
+				return errSnapshot
+			}
+			e.Dirty.Union(h.Dirty())
+			e.Discarded += h.Discarded().Len()
+			if r.copy == nil {
+				return nil
+			}
+			if err := r.copy.apply(h); err != nil {
+				return err
+			}
+			if !paused {
+				return nil
+			}
+			defer func(begin time.Time) { compare = time.Since(begin) }(time.Now())
+			return r.verify(e)
+		},
+	})
+	if err != nil && !errors.Is(err, errSnapshot) {
+		return err
+	}
+	e.Pause -= compare
+	if r.copy != nil {
+		e.Spurious = r.copy.spurious - spurious
+	}
+	return r.account(e)
+}
+
+// verify compares the copy with memory. The guest is paused, and no operation in progress.
+func (r *run) verify(e *Epoch) error {
+	frames, err := r.copy.compare()
+	if err != nil {
+		return err
+	}
+	ops := uint64(0)
+	if r.runner != nil {
+		ops = r.runner.Stats().Ops
+	}
+	for _, gfn := range frames {
+		e.Missing = append(e.Missing, Missing{GFN: gfn, Op: r.lostBy(gfn)})
+	}
+	r.compared = ops
+	r.result.Verified++
+	return nil
+}
+
+// lostBy returns the operation since the last comparison that had to do with gfn last.
+func (r *run) lostBy(gfn addr.GFN) string {
+	first := guests.RAMBase.GFN()
+	if r.runner == nil || gfn < first {
+		return ""
+	}
+	rec, ok := r.runner.Last(uint64(gfn - first))
+	if !ok || rec.N <= r.compared {
+		return ""
+	}
+	return rec.String()
+}
+
+// account adds an epoch to the result.
+func (r *run) account(e *Epoch) error {
+	for i := range r.result.VCPUs {
+		progress, err := r.m.Result(i, 0)
+		if err != nil {
+			return err
+		}
+		e.Progress += progress
+	}
+	s := &r.result
+	s.Epochs++
+	s.Pages += e.Pages
+	s.Spurious += e.Spurious
+	s.Missing += uint64(len(e.Missing))
+	s.Cost += e.Cost
+	s.Pauses = r.m.Pauses()
+	if e.Failed {
+		s.Failed++
+	}
+	if r.runner != nil {
+		stats := r.runner.Stats()
+		if e.Ops = stats.Ops; s.HostOps != nil {
+			e.Ops -= s.HostOps.Ops
+		}
+		s.HostOps = &stats
+	}
+	if r.config.OnEpoch != nil {
+		r.config.OnEpoch(e)
+	}
+	return nil
+}
