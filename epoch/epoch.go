@@ -32,8 +32,9 @@ type Config struct {
 	Random bool            // operations at random, and no Script
 	Seed   uint64          // of operations, and of snapshots that fail
 
-	Verify bool
-	Defect string // in a build with the tag gvm_defects; "": none
+	Verify     bool
+	WorkingSet bool   // take the working set of each epoch
+	Defect     string // in a build with the tag gvm_defects; "": none
 
 	// OnEpoch is called at the end of each epoch. nil: it is not.
 	OnEpoch func(*Epoch)
@@ -49,6 +50,11 @@ type Epoch struct {
 	// Failed says that the snapshot failed, on purpose, and its harvest was aborted. The
 	// epoch is not verified then.
 	Failed bool `json:"failed"`
+
+	// Used is how many frames the machine itself used since the last epoch, and UsedByAll
+	// how many anybody did; nil if that is not known, or was not asked for.
+	Used      *uint64 `json:"used"`
+	UsedByAll *uint64 `json:"used_by_all"`
 
 	Ops      uint64    `json:"ops"`      // of the host
 	Progress uint64    `json:"progress"` // of the guest, all vCPUs together, since the start
@@ -140,25 +146,37 @@ func Run(ctx context.Context, c Config) (_ *Result, err error) {
 			err = errors.Join(failed, err)
 		}
 	}()
+	if err := r.epochs(ctx, cancel); err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx) // of which err is a consequence
+		}
+		return &r.result, err
+	}
+	return &r.result, nil
+}
+
+// epochs carries out all epochs, under operations of the host. An operation that fails
+// cancels the run.
+func (r *run) epochs(ctx context.Context, cancel context.CancelCauseFunc) error {
 	stopOps := r.startOps(ctx, cancel)
 	defer stopOps()
-	for n := 1; n <= c.Epochs && !r.result.Exited; n++ {
+	for n := 1; n <= r.config.Epochs && !r.result.Exited; n++ {
 		if err := r.wait(ctx); err != nil {
-			return &r.result, err
+			return err
 		}
-		if n == c.Epochs || r.result.Exited {
+		if n == r.config.Epochs || r.result.Exited {
 			// Nothing is to be missing from the last comparison.
 			if stopOps(); r.runner != nil {
 				if err := r.runner.Restore(ctx); err != nil {
-					return &r.result, err
+					return err
 				}
 			}
 		}
 		if err := r.epoch(ctx, n); err != nil {
-			return &r.result, err
+			return err
 		}
 	}
-	return &r.result, nil
+	return nil
 }
 
 // errDone ends the guest at the end of a run.
@@ -338,10 +356,27 @@ func (r *run) epoch(ctx context.Context, n int) (err error) {
 		return err
 	}
 	e.Pause -= compare
+	if r.config.WorkingSet {
+		if err := r.takeWorkingSet(ctx, e); err != nil {
+			return err
+		}
+	}
 	if r.copy != nil {
 		e.Spurious = r.copy.spurious - spurious
 	}
 	return r.account(e)
+}
+
+func (r *run) takeWorkingSet(ctx context.Context, e *Epoch) error {
+	w, err := r.m.TakeWorkingSet(ctx)
+	if err != nil {
+		return err
+	}
+	e.Used = new(w.Machine.Len())
+	if w.All != nil {
+		e.UsedByAll = new(w.All.Len())
+	}
+	return nil
 }
 
 // verify compares the copy with memory. The guest is paused, and no operation in progress.

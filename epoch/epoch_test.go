@@ -3,6 +3,7 @@ package epoch
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"strings"
 	"testing"
@@ -13,6 +14,7 @@ import (
 	"github.com/secondmmu/gvm/hostops"
 	"github.com/secondmmu/gvm/internal/gvmtest"
 	"github.com/secondmmu/gvm/mm"
+	"github.com/secondmmu/gvm/shadow"
 	"github.com/secondmmu/gvm/vm"
 )
 
@@ -45,14 +47,17 @@ func testContext(t testing.TB) context.Context {
 	return ctx
 }
 
-// TestNothingIsMissing has every source, with one vCPU and with two, and every backing, lose
-// nothing.
+var epochs = flag.Int("epochs", 60, "of each run of TestNothingIsMissing")
+
+// TestNothingIsMissing has every source, with one vCPU and with two, with both policies and
+// every backing, lose nothing.
 func TestNothingIsMissing(t *testing.T) {
 	for _, source := range vm.DirtySources() {
 		for vcpus := 1; vcpus <= 2; vcpus++ {
 			backing := mm.Backing((2*int(source) + vcpus) % 4)
-			t.Run(fmt.Sprintf("source=%v/vcpus=%d/backing=%v", source, vcpus, backing), func(t *testing.T) {
-				c := stamped(t, vm.Config{Dirty: source, VCPUs: vcpus, Backing: backing}, 60)
+			policy := shadow.Policy((int(source) + vcpus) % 2)
+			t.Run(fmt.Sprintf("source=%v/vcpus=%d/backing=%v/policy=%v", source, vcpus, backing, policy), func(t *testing.T) {
+				c := stamped(t, vm.Config{Dirty: source, VCPUs: vcpus, Backing: backing, Policy: policy}, *epochs)
 				r, err := Run(testContext(t), c)
 				if err != nil {
 					t.Fatal(err)

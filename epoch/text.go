@@ -3,6 +3,7 @@ package epoch
 import (
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -12,13 +13,21 @@ import (
 
 // Table writes epochs of one run as lines of a table, of columns that have their widths
 // from the start: a line can be written before the next epoch is known.
-type Table struct{ w io.Writer }
+type Table struct {
+	w          io.Writer
+	workingSet bool
+}
 
-// NewTable writes the head of a table for runs with a source.
-func NewTable(w io.Writer, source vm.DirtySource) (*Table, error) {
-	_, err := fmt.Fprintf(w, "%v, which sees %v\n%6s %6s %8s %8s %9s %9s %9s %8s %8s %6s\n", source, source.Sees(),
+// NewTable writes the head of a table for runs with a source. With workingSet it has
+// columns for that.
+func NewTable(w io.Writer, source vm.DirtySource, workingSet bool) (*Table, error) {
+	head := fmt.Sprintf("%6s %6s %8s %8s %9s %9s %9s %8s %8s %6s",
 		"epoch", "rounds", "pages", "last", "discarded", "cost", "pause", "spurious", "missing", "ops")
-	return &Table{w}, err
+	if workingSet {
+		head += fmt.Sprintf(" %8s %8s", "used", "by all")
+	}
+	_, err := fmt.Fprintf(w, "%v, which sees %v\n%s\n", source, source.Sees(), head)
+	return &Table{w, workingSet}, err
 }
 
 // Add writes an epoch, and the pages that are missing in it.
@@ -26,6 +35,9 @@ func (t *Table) Add(e *Epoch) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%6d %6d %8d %8d %9d %9s %9s %8d %8d %6d", e.Number, e.Rounds, e.Pages, e.Last, e.Discarded,
 		short(e.Cost), short(e.Pause), e.Spurious, len(e.Missing), e.Ops)
+	if t.workingSet {
+		fmt.Fprintf(&b, " %8s %8s", known(e.Used), known(e.UsedByAll))
+	}
 	if e.Failed {
 		b.WriteString("  the snapshot failed, and its harvest was aborted")
 	}
@@ -35,6 +47,13 @@ func (t *Table) Add(e *Epoch) error {
 	}
 	_, err := io.WriteString(t.w, b.String())
 	return err
+}
+
+func known(n *uint64) string {
+	if n == nil {
+		return "?"
+	}
+	return strconv.FormatUint(*n, 10)
 }
 
 // WriteResults writes what became of runs, side by side.

@@ -488,6 +488,21 @@ func (t *Table) clearYoung(r addr.HVARange) (was bool) {
 	return was
 }
 
+// TakeYoung returns the frames whose translations were used since the young bits were
+// cleared last, by this or by a subscriber's ClearYoung, and clears them: the working set of
+// the VMM's own threads. A translation of a large block is young as a whole. It waits for
+// nobody, and nobody has to wait for it.
+func (t *Table) TakeYoung() *dirty.Set {
+	set := new(dirty.Set)
+	t.visit(addr.GFNRange{Start: 0, End: maxGFN + 1}, func(c *cell, gfn addr.GFN, level int) {
+		if c.clearYoung() {
+			set.AddRange(levelBlock(gfn, level))
+		}
+	})
+	t.zaps.Add(1) // so that views look at the bits again
+	return set
+}
+
 // visitHVAs calls fn for the place of each translation of a page in r.
 func (t *Table) visitHVAs(r addr.HVARange, fn func(c *cell)) {
 	for s := range t.slots.Slots().slots.inHVAs(r) {

@@ -208,6 +208,45 @@ func TestRingFull(t *testing.T) {
 	}
 }
 
+// TestWorkingSet uses pages by the machine itself, and by a guest where the host can tell.
+func TestWorkingSet(t *testing.T) {
+	m := newMachine(t, Config{}, "touch", guests.Args{"pages": 8, "accesses": 4})
+	take := func() WorkingSet {
+		t.Helper()
+		w, err := m.TakeWorkingSet(testContext(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return w
+	}
+	if err := m.Memory().Populate(m.RAM().Range, true); err != nil {
+		t.Fatal(err)
+	}
+	take()
+	m.mustLoad(t, gpaOf(5))
+	if err := m.Store64(gpaOf(7), 1); err != nil {
+		t.Fatal(err)
+	}
+	w := take()
+	if got, want := slices.Collect(w.Machine.RunsIn(framesOf(0, 8))), []addr.GFNRange{framesOf(5, 1), framesOf(7, 1)}; !slices.Equal(got, want) {
+		t.Errorf("used are %v, want %v", got, want)
+	}
+	if w = take(); w.Machine.Len() != 0 {
+		t.Errorf("nothing was used, and %d pages are young", w.Machine.Len())
+	}
+	mustRun(t, m)
+	w = take()
+	if w.All == nil {
+		t.Logf("the guest's share is not known: %v", w.NotTracked)
+		return
+	}
+	for i := range uint64(4) {
+		if !w.All.Contains(gpaOf(i).GFN()) {
+			t.Errorf("the guest has read page %d, which is not in the working set", i)
+		}
+	}
+}
+
 // framesOf returns the frames of n pages of RAM from page i.
 func framesOf(i, n uint64) addr.GFNRange {
 	first := gpaOf(i).GFN()

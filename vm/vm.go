@@ -15,6 +15,7 @@
 //	        gate.mu          waits, as a condition, for vCPUs to leave the guest
 //	Machine.mu               a leaf
 //	devices.mu               a leaf, but for the console's Write
+//	rings.mu, idle.mu        leaves, inside the tracker's locks or the mapping lock
 //
 // A vCPU thread holds none of them while it is in the guest. While it handles an
 // exit it may take any of them: it is outside the gate then.
@@ -124,6 +125,7 @@ type Machine struct {
 	gate    gate
 	devices devices
 	source  source
+	idle    idle
 	rings   *rings // source, if that is Ring; otherwise nil
 
 	mu     sync.Mutex         // protects what follows
@@ -332,6 +334,7 @@ func (m *Machine) free() error {
 	if m.source != nil {
 		errs = append(errs, m.source.close())
 	}
+	errs = append(errs, m.idle.close())
 	if m.vm != nil {
 		errs = append(errs, m.vm.Close())
 	}

@@ -21,6 +21,7 @@ import (
 	"github.com/secondmmu/gvm/guests"
 	"github.com/secondmmu/gvm/hostops"
 	"github.com/secondmmu/gvm/mm"
+	"github.com/secondmmu/gvm/shadow"
 	"github.com/secondmmu/gvm/vm"
 )
 
@@ -72,6 +73,8 @@ Times are in nanoseconds.`, strings.Join(sourceNames(), ", "), strings.Join(dirt
 			&cli.UintFlag{Name: "ring-entries", Destination: &cfg.ring, DefaultText: "4096", Usage: "give each dirty ring `N` entries, a power of two"},
 			&cli.Uint64Flag{Name: "rest", Value: 16, Destination: &cfg.run.Rest, Usage: "pause the guest when `N` pages or fewer are dirty, or no fewer become so"},
 			&cli.BoolFlag{Name: "verify", Destination: &cfg.run.Verify, DisableDefaultText: true, Usage: "compare a copy that learns of changes by harvests alone with memory"},
+			&cli.BoolFlag{Name: "working-set", Destination: &cfg.run.WorkingSet, DisableDefaultText: true,
+				Usage: "count the pages that were used, too: by the machine itself and, where the host has idle page tracking, by anybody"},
 			&cli.StringFlag{Name: "host-ops", Destination: &cfg.hostOps, DefaultText: "none", Usage: "carry out the operations of the script `FILE`, or random ones with \"random\""},
 			&cli.Uint64Flag{Name: "seed", Destination: &cfg.run.Seed, DefaultText: "random, and printed", Usage: "choose operations, and snapshots that fail, by `N`, not 0"},
 			&cli.StringFlag{Name: "heatmap", Destination: &cfg.heatmap, DefaultText: "none", Usage: "write a heat map to `FILE`, as a PNG"},
@@ -79,6 +82,8 @@ Times are in nanoseconds.`, strings.Join(sourceNames(), ", "), strings.Join(dirt
 			&cli.IntFlag{Name: "vcpus", Value: 1, Destination: &m.VCPUs, Usage: "give the guest `N` vCPUs"},
 			&cli.GenericFlag{Name: "backing", Value: &choice[mm.Backing]{&m.Backing, []mm.Backing{mm.Anonymous, mm.Memfd, mm.SharedAnonymous, mm.MemfdPrivate}},
 				Usage: "map RAM from `KIND` of memory: anonymous, memfd, shared-anonymous or memfd-private"},
+			&cli.GenericFlag{Name: "policy", Value: &choice[shadow.Policy]{&m.Policy, []shadow.Policy{shadow.Precise, shadow.Lazy}},
+				Usage: "have slots follow mappings by `POLICY`: precise, or lazy (they stay)"},
 			&cli.BoolFlag{Name: "json", Destination: &cfg.json, DisableDefaultText: true, Usage: "print lines of JSON"},
 		},
 		Action: func(c *cli.Context) error {
@@ -241,7 +246,7 @@ func measureSource(ctx context.Context, cfg *dirtyConfig, source vm.DirtySource,
 		case c.Epochs <= many || len(e.Missing) > 0 || (e.Number-1)%((c.Epochs+many-1)/many) == 0:
 			if table == nil {
 				var err error
-				table, err = epoch.NewTable(stdout, source)
+				table, err = epoch.NewTable(stdout, source, c.WorkingSet)
 				failed = errors.Join(failed, err)
 			}
 			failed = errors.Join(failed, table.Add(e))

@@ -12,6 +12,7 @@ import (
 
 	"github.com/secondmmu/gvm/guests"
 	"github.com/secondmmu/gvm/mm"
+	"github.com/secondmmu/gvm/shadow"
 	"github.com/secondmmu/gvm/vm"
 )
 
@@ -50,6 +51,8 @@ and seconds.`,
 				Usage: "map RAM from `KIND` of memory: anonymous, memfd, shared-anonymous or memfd-private"},
 			&cli.GenericFlag{Name: "touch", Value: &choice[vm.Touch]{&cfg.machine.Touch, []vm.Touch{vm.Stop, vm.Float, vm.Wait}},
 				Usage: "`WHAT` happens when the guest uses RAM that is not there: stop, float (an empty bus) or wait"},
+			&cli.GenericFlag{Name: "policy", Value: &choice[shadow.Policy]{&cfg.machine.Policy, []shadow.Policy{shadow.Precise, shadow.Lazy}},
+				Usage: "have slots follow mappings by `POLICY`: precise, or lazy (they stay, and --touch is not float)"},
 			&cli.DurationFlag{Name: "timeout", Destination: &cfg.timeout, DefaultText: "none", Usage: "end the run after `DURATION`, such as 1.5s"},
 			&cli.BoolFlag{Name: "stdin", Destination: &cfg.stdin, DisableDefaultText: true,
 				Usage: "give standard input to the guest's serial port, and an end of transmission (Ctrl-D) after it"},
