@@ -19,7 +19,8 @@ import (
 type Config struct {
 	// Machine is the machine, with its dirty source. A guest that touches what is not
 	// there waits, and there is a spare region for operations that move pages, whatever
-	// it says of those. OnMark is called by the run as well as the script's.
+	// it says of those. Its OnMark is called after operations were told of a mark, and its
+	// OnTouch is replaced.
 	Machine vm.Config
 	Guest   guests.Guest
 	Args    guests.Args
@@ -201,6 +202,11 @@ func (r *run) open() (err error) {
 			return onMark(vcpu, mark)
 		}
 		return nil
+	}
+	c.Machine.OnTouch = func(_ int, gpa addr.GPA) {
+		if r.runner != nil && gpa >= guests.RAMBase {
+			r.runner.Fault(uint64(gpa-guests.RAMBase) >> addr.PageShift)
+		}
 	}
 	if r.m, err = vm.New(c.Machine); err != nil {
 		return err

@@ -105,6 +105,10 @@ func TestScript(t *testing.T) {
 	if n := r.HostOps.Kinds[hostops.Discard].Done; n == 0 || r.Missing != 0 {
 		t.Errorf("the run of a script is %+v", r)
 	}
+	c.Script = script("every 3ms unmap random 2\non fault map it\n") // or nothing would come back
+	if r, err = Run(testContext(t), c); err != nil || r.HostOps.Kinds[hostops.Map].Done == 0 || r.Missing != 0 {
+		t.Errorf("the guest is given back what it misses: %+v, %v", r, err)
+	}
 	c.Script = script("at 1ms discard 1\nat 2ms punch 3\n") // anonymous memory has no file
 	if _, err = Run(testContext(t), c); err == nil || !strings.Contains(err.Error(), "ops:2") {
 		t.Errorf("line 2 fails: %v", err)

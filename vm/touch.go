@@ -180,13 +180,13 @@ func (v *vcpu) touch(ctx context.Context, e *kvm.MMIOExit) error {
 		v.pending = e
 		return nil
 	case v.m.config.Touch == Float:
-		v.record(u, "floated")
+		v.touched(u, "floated")
 		if !e.Write {
 			fill(e.Data)
 		}
 		return nil
 	}
-	v.record(u, "stopped")
+	v.touched(u, "stopped")
 	failed := &ExitError{VCPU: v.id, Exit: e.String(), Reason: takenAway}
 	if _, err := v.m.hva(e.GPA); err != nil {
 		failed.Reason = "the guest used an address where there is no RAM"
@@ -230,7 +230,7 @@ func (v *vcpu) wait(ctx context.Context, u use, try func() error) error {
 			return err // it is not RAM, and will not be
 		}
 		if !waited {
-			v.record(u, "waits")
+			v.touched(u, "waits")
 			waited = true
 		}
 		select {
@@ -245,6 +245,14 @@ func (v *vcpu) wait(ctx context.Context, u use, try func() error) error {
 // errStopped is what wait returns, and may be given by a try, when the run was
 // stopped meanwhile.
 var errStopped = errors.New("the run was stopped")
+
+// touched tells of a use of RAM that is not there, and what becomes of it.
+func (v *vcpu) touched(u use, what string) {
+	v.record(u, what)
+	if v.m.config.OnTouch != nil {
+		v.m.config.OnTouch(v.id, u.gpa)
+	}
+}
 
 func (v *vcpu) record(u use, what string) {
 	gfn := u.gpa.GFN()
@@ -288,7 +296,7 @@ func (v *vcpu) handleFault(ctx context.Context, changes uint64) error {
 		if err == nil || errors.Is(err, errStopped) {
 			return nil
 		}
-		v.record(u, "stopped")
+		v.touched(u, "stopped")
 		if !coarse {
 			e.Reason = "the guest used memory whose host mapping is missing"
 		}

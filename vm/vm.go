@@ -107,6 +107,11 @@ type Config struct {
 	// run ends. nil: marks do nothing.
 	OnMark func(vcpu int, mark uint32) error
 
+	// OnTouch is called on the vCPU's thread when the guest uses an address that is not
+	// there, before the vCPU waits, goes on or stops. It must not wait for the machine, and
+	// must not change mappings. nil: it is not told.
+	OnTouch func(vcpu int, gpa addr.GPA)
+
 	// Log records operations, notifications, slot changes and touches. nil:
 	// nothing is recorded.
 	Log *trace.Log
