@@ -2,6 +2,7 @@ package mm
 
 import (
 	"bufio"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -40,12 +41,15 @@ type Child struct {
 // descriptor and no other mapping, takes no signal, and runs none of the program's code. It
 // ends with Close, or when this process does, however that ends.
 //
-// Fork takes time by the number of pages that are present, some milliseconds per GiB, and
-// garbage collection waits for it. If a userfaultfd that reports forks is registered with
-// the memory, Fork waits until that has been read, by another process. It needs /proc, and
-// the right to trace the child. On other architectures than amd64 the error is ENOTSUP.
+// Fork takes time by the number of pages that are present, during which the garbage
+// collector cannot begin a cycle. If a userfaultfd that reports forks is registered with
+// the memory, Fork waits until another process has read that: none of this process's
+// goroutines may be the one. It needs /proc and the right to trace the child, without which
+// the error is EACCES or EPERM, and three descriptors while there is a child. On other
+// architectures than amd64 the error is ENOTSUP.
 //
-// What comes with an error that has Made set is a child all the same, to be closed.
+// With an error that has Made set, subscribers have failed, and there is a child all the
+// same, to be closed. The operation is one on all regions: Range is the span of them.
 func (m *Memory) Fork() (*Child, error) {
 	own, err := ownMappings()
 	if err != nil {
@@ -131,7 +135,7 @@ func ownMappings() (own mappings, err error) {
 
 // gaps returns what of the address space is not to be kept.
 func (m mappings) gaps() (gaps []addr.HVARange) {
-	slices.SortFunc(m.keep, func(a, b addr.HVARange) int { return int(int64(a.Start - b.Start)) })
+	slices.SortFunc(m.keep, func(a, b addr.HVARange) int { return cmp.Compare(a.Start, b.Start) })
 	at := addr.HVA(0)
 	for _, r := range m.keep {
 		if at < r.Start {

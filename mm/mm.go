@@ -182,33 +182,31 @@ func New(log *trace.Log) *Memory {
 // reports is what subscribers did wrong. During an operation it is collected,
 // for its error; what comes at other times is logged.
 type reports struct {
-	mu         sync.Mutex // protects what follows; a leaf
-	collecting bool
-	errs       []error
+	collecting atomic.Bool // an operation is in progress; it becomes false with mu held
+
+	mu   sync.Mutex // protects what follows; a leaf
+	errs []error
 }
 
 func (r *reports) add(err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.collecting {
+	if r.collecting.Load() {
 		r.errs = append(r.errs, err)
 		return
 	}
 	slog.Error(err.Error())
 }
 
-func (r *reports) collect() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.collecting = true
-}
+func (r *reports) collect() { r.collecting.Store(true) }
 
 // collected returns what was added since collect.
 func (r *reports) collected() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.collecting.Store(false)
 	err := errors.Join(r.errs...)
-	r.collecting, r.errs = false, nil
+	r.errs = nil
 	return err
 }
 

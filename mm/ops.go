@@ -463,19 +463,29 @@ func (m *Memory) carryOut(req request, do func() error) error {
 // begun records the begin of an operation in the trace, and returns its number there.
 func (m *Memory) begun(op Op, r addr.HVARange) uint64 {
 	id := m.log.NewOp()
-	m.log.Record(trace.Event{Kind: trace.HostOp, Op: id, Name: string(op), HVA: r})
+	m.record(trace.HostOp, id, string(op), r, nil)
 	return id
 }
 
 // ended records the end of an operation in the trace, and returns its error.
 func (m *Memory) ended(id uint64, op Op, r addr.HVARange, made bool, err error) error {
-	end := trace.Event{Kind: trace.HostOpEnd, Op: id, Name: string(op), HVA: r}
+	m.record(trace.HostOpEnd, id, string(op), r, err)
 	if err != nil {
-		end.Err = err.Error()
-		err = &Error{Op: op, Range: r, Made: made, Err: err}
+		return &Error{Op: op, Range: r, Made: made, Err: err}
 	}
-	m.log.Record(end)
-	return err
+	return nil
+}
+
+// record records a part of an operation in the trace, if there is one.
+func (m *Memory) record(kind trace.Kind, id uint64, name string, r addr.HVARange, err error) {
+	if m.log == nil {
+		return
+	}
+	e := trace.Event{Kind: kind, Op: id, Name: name, HVA: r}
+	if err != nil {
+		e.Err = err.Error()
+	}
+	m.log.Record(e)
 }
 
 // bracketed opens the brackets in their order, calls change, and closes them in
@@ -486,15 +496,13 @@ func (m *Memory) bracketed(id uint64, brackets []notifier.Invalidation, change f
 	}
 	inv := &brackets[0]
 	inv.Op = id
-	event := trace.Event{Kind: trace.InvalidateStart, Op: id, Name: inv.Event.String(), HVA: inv.Range}
-	m.log.Record(event)
+	m.record(trace.InvalidateStart, id, inv.Event.String(), inv.Range, nil)
 	if err := m.as.InvalidateRangeStart(inv); err != nil {
 		return err
 	}
 	err := m.bracketed(id, brackets[1:], change)
 	inv.Failed = err != nil
 	m.as.InvalidateRangeEnd(inv)
-	event.Kind = trace.InvalidateEnd
-	m.log.Record(event)
+	m.record(trace.InvalidateEnd, id, inv.Event.String(), inv.Range, nil)
 	return err
 }

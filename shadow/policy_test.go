@@ -177,6 +177,20 @@ func TestTooManyWindows(t *testing.T) {
 	}
 }
 
+// TestNoRoomForAWindow adds a window for which there is no slot.
+func TestNoRoomForAWindow(t *testing.T) {
+	for _, policy := range []Policy{Precise, Lazy} {
+		b := newBenchWith(t, 8, policy, 1)
+		b.host.set(addr.HVAs(0x80000, 4*page), addr.ReadWrite)
+		if err := b.AddWindow(Window{Name: "x", GFN: 0x200, NPages: 4, HVA: 0x80000}); !errors.Is(err, ErrSlotLimit) {
+			t.Errorf("%v: a second window where there is one slot: %v, want ErrSlotLimit", policy, err)
+		}
+		if got := b.picture(8); got != "wwwwwwww" || b.Coarse() != (policy == Lazy) {
+			t.Errorf("%v: slots are %s then, coarse: %v", policy, got, b.Coarse())
+		}
+	}
+}
+
 // limited is a bed whose guest is logged, and which has few slot numbers; and what is
 // to be expected of it.
 type limited struct {

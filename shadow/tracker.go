@@ -28,7 +28,8 @@ type Tracker struct {
 	logDirty bool   // slots are logged; protected by slots.mu
 	behind   bool   // the backend refused a change, and may have fewer slots than it could; protected by slots.mu
 
-	// coarse says that each window is shown whole. It is written with slots.mu held.
+	// coarse says that each window is shown whole, or is about to be, or was a moment
+	// ago. It is written with slots.mu held.
 	coarse atomic.Bool
 
 	// pieces is the slots that there would be if they were precise, without numbers,
@@ -64,7 +65,8 @@ func (t *Tracker) SetPolicy(p Policy) {
 // more than the limit, and precise again with the one after which half of the limit is
 // enough. In between, a change costs what it does with Lazy, and O(log n) for the
 // bookkeeping. Going from one to the other makes all slots anew, behind the gate, which
-// so many changes have to precede that it comes to a few slots for each.
+// so many changes have to precede that it comes to a few slots for each. Where the
+// windows alone take more than half of the limit, slots that are coarse stay so.
 func (t *Tracker) Coarse() bool { return t.coarse.Load() }
 
 // Ended returns a channel that is closed when, after the call, a bracket has ended, and
@@ -440,8 +442,7 @@ func (t *Tracker) Release() {
 // they become one with these, or if all change between precise and coarse. With an
 // error nothing has changed.
 func (t *Tracker) fitLocked(windows index[Window], where []addr.GFNRange, inv *notifier.Invalidation, op uint64) error {
-	have := t.Slots().slots
-	all := []addr.GFNRange{allGFNs}
+	have, all := t.Slots().slots, []addr.GFNRange{allGFNs}
 	if t.policy == Lazy {
 		return t.installLocked(derive(have, where, whole(windows, t.logDirty)), windows, op)
 	}
@@ -451,7 +452,7 @@ func (t *Tracker) fitLocked(windows index[Window], where []addr.GFNRange, inv *n
 		if u.after(have) <= t.limit() {
 			return t.slots.applyLocked(u, &windows, op)
 		}
-		where = all // of which there are no pieces yet
+		where = all // there is no plan, and all slots become coarse
 	}
 	pieces := t.pieces
 	if u := derive(pieces, where, t.mapped(windows, inv, false)); !was || t.slots.mutant != piecesStand {
@@ -460,19 +461,18 @@ func (t *Tracker) fitLocked(windows index[Window], where []addr.GFNRange, inv *n
 	coarse := !was || t.scarce(pieces.byGFN.Len())
 	var u update
 	if coarse {
-		if !was {
-			where = all
-		}
 		u = derive(have, where, whole(windows, t.logDirty))
 	} else {
 		u = derive(have, all, t.mapped(windows, inv, t.logDirty))
 		pieces = newIndex[Slot]()
 	}
+	t.coarse.Store(true) // before a guest can use a slot that is
 	err := t.installLocked(u, windows, op)
 	if coarse != was {
 		t.recordCoarse(coarse, op, err)
 	}
 	if err != nil {
+		t.coarse.Store(was)
 		return err
 	}
 	t.pieces = pieces

@@ -31,17 +31,17 @@ const (
 
 var wordNames = map[uint64]string{wordStored: "kept", wordFile: "file", wordOther: "new", wordAgain: "again", 0: "zero"}
 
-// observed is a machine whose guest has stored a word in a page, and whose RAM is 2 MiB,
-// so that it can be one huge page.
+// observed is a machine whose guest has stored a word in a page. It has 2 MiB of RAM, which
+// can be one huge page, and each operation is carried out on a page of its own.
 type observed struct {
 	*Machine
 	mem   *mm.Memory
+	guest *Probe
+	n     uint64 // of the page
+	gpa   addr.GPA
 	page  addr.HVARange
 	child *mm.Child // or nil
 }
-
-// observedPage is the page under test.
-const observedPage = 5
 
 func newObserved(t *testing.T, backing mm.Backing) *observed {
 	t.Helper()
@@ -58,20 +58,51 @@ func newObserved(t *testing.T, backing mm.Backing) *observed {
 		c.File = f
 	}
 	m := newMachine(t, c, "probe", nil)
-	o := &observed{Machine: m, mem: m.Memory(), page: m.hvas(observedPage, 1)}
-	t.Cleanup(func() {
-		if o.child != nil {
-			if err := o.child.Close(); err != nil {
-				t.Error(err)
+	if f := m.RAM().File(); f != nil {
+		for i := range uint64(len(observations) + 1) {
+			if _, err := f.WriteAt(binary.LittleEndian.AppendUint64(nil, wordFile), int64(i*addr.PageSize)); err != nil {
+				t.Fatal(err)
 			}
 		}
-	})
-	if f := m.RAM().File(); f != nil {
-		if _, err := f.WriteAt(binary.LittleEndian.AppendUint64(nil, wordFile), observedPage*addr.PageSize); err != nil {
-			t.Fatal(err)
-		}
 	}
-	return o
+	if err := m.LogDirty(true); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Start(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	return &observed{Machine: m, mem: m.Memory(), guest: m.Probe(0)}
+}
+
+// next goes on to the next page, and has the guest store to it.
+func (o *observed) next(ctx context.Context, t *testing.T) {
+	t.Helper()
+	o.n++
+	o.gpa, o.page = gpaOf(o.n), o.hvas(o.n, 1)
+	if err := o.guest.Store(ctx, o.gpa, wordStored); err != nil {
+		t.Fatal(err)
+	}
+	if v, err := o.guest.Load(ctx, o.gpa); v != wordStored || err != nil {
+		t.Fatalf("the guest loads %#x, %v; want what it has stored", v, err)
+	}
+	if v := o.mustLoad(t, o.gpa); v != wordStored { // and now the table has a translation
+		t.Fatalf("the machine loads %#x, want what the guest has stored", v)
+	}
+	if dirty := o.harvested(ctx, t); dirty != "dirty" {
+		t.Errorf("a page that the guest has stored to is %q in the dirty log", dirty)
+	}
+}
+
+// close ends the machine, and the child if there is one.
+func (o *observed) close(t *testing.T) {
+	t.Helper()
+	err := o.Machine.Close()
+	if o.child != nil {
+		err = errors.Join(err, o.child.Close())
+	}
+	if err != nil {
+		t.Error(err)
+	}
 }
 
 // observations is every operation, and what is observed after it on each backing, in
@@ -95,7 +126,8 @@ var observations = []struct {
 	op    string
 	do    func(o *observed) error
 	want  [4]string
-	needs int // advice that the kernel may not have
+	needs int  // advice that the kernel may not have
+	last  bool // what it leaves behind is in the way of others
 }{
 	{op: "unmap", do: func(o *observed) error { return o.mem.Unmap(o.page) }, want: [4]string{
 		"exit exit discarded cut", "exit exit discarded cut", "exit exit discarded cut", "exit exit discarded cut"}},
@@ -115,21 +147,21 @@ var observations = []struct {
 		"refused", "zero ok discarded same", "refused", "kept ok dirty same"}},
 	{op: "remove", do: func(o *observed) error { return o.mem.Remove(o.page) }, want: [4]string{
 		"refused", "zero ok discarded same", "zero ok discarded same", "refused"}},
-	{op: "truncate", do: func(o *observed) error { return o.mem.Truncate(o.RAM(), observedPage*addr.PageSize) }, want: [4]string{
+	{op: "truncate", last: true, do: func(o *observed) error { return o.mem.Truncate(o.RAM(), o.n*addr.PageSize) }, want: [4]string{
 		"refused", "exit exit discarded cut", "refused", "exit exit discarded cut"}},
-	{op: "truncate, grow", do: func(o *observed) error {
-		if err := o.mem.Truncate(o.RAM(), observedPage*addr.PageSize); err != nil {
+	{op: "truncate, grow", last: true, do: func(o *observed) error {
+		if err := o.mem.Truncate(o.RAM(), o.n*addr.PageSize); err != nil {
 			return err
 		}
 		return o.mem.Truncate(o.RAM(), addr.HugeSize)
 	}, want: [4]string{"refused", "zero ok discarded anew", "refused", "zero ok discarded anew"}},
-	{op: "remap", do: func(o *observed) error { return o.mem.Remap(o.page, o.Spare().Range.Start) }, want: [4]string{
+	{op: "remap", last: true, do: func(o *observed) error { return o.mem.Remap(o.page, o.Spare().Range.Start) }, want: [4]string{
 		"kept ok - moved", "kept ok - moved", "kept ok - moved", "kept ok - moved"}},
-	{op: "remap over", do: func(o *observed) error {
+	{op: "remap over", last: true, do: func(o *observed) error {
 		spare := o.Spare().Range
 		return errors.Join(o.mem.Map(spare), o.mem.Store64(spare.Start, wordOther), o.mem.Remap(spare, o.page.Start))
 	}, want: [4]string{"new ok dirty same", "new ok dirty same", "new ok dirty same", "new ok dirty same"}},
-	{op: "remap-keep", do: func(o *observed) error { return o.mem.RemapKeep(o.page, o.Spare().Range.Start) }, want: [4]string{
+	{op: "remap-keep", last: true, do: func(o *observed) error { return o.mem.RemapKeep(o.page, o.Spare().Range.Start) }, want: [4]string{
 		"zero ok discarded same", "kept ok - same", "kept ok - same", "file ok dirty same"}},
 	{op: "populate", do: func(o *observed) error { return o.mem.Populate(o.page, true) }, want: [4]string{
 		"kept ok - same", "kept ok - same", "kept ok - same", "kept ok - same"}},
@@ -149,7 +181,7 @@ var observations = []struct {
 		"exit exit discarded cut", "exit exit - cut", "exit exit - cut", "exit exit discarded cut"}},
 	{op: "guard, unguard", do: func(o *observed) error { return errors.Join(o.mem.Guard(o.page), o.mem.Unguard(o.page)) }, needs: unix.MADV_GUARD_INSTALL, want: [4]string{
 		"zero ok discarded anew", "kept ok dirty anew", "kept ok dirty anew", "file ok dirty+discarded anew"}},
-	{op: "fork", do: func(o *observed) (err error) { o.child, err = o.mem.Fork(); return err }, want: [4]string{
+	{op: "fork", last: true, do: func(o *observed) (err error) { o.child, err = o.mem.Fork(); return err }, want: [4]string{
 		"kept ok - same", "kept ok - same", "kept ok - same", "kept ok - same"}},
 }
 
@@ -172,21 +204,31 @@ func TestObserve(t *testing.T) {
 	var table strings.Builder
 	w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
 	fmt.Fprint(w, "operation\tbacking\tguest loads\tguest stores\tdirty log\tslots\n")
-	for _, tt := range observations {
-		for backing := mm.Anonymous; backing <= mm.FilePrivate; backing++ {
-			t.Run(fmt.Sprintf("%s/%v", strings.ReplaceAll(tt.op, " ", "-"), backing), func(t *testing.T) {
-				o := newObserved(t, backing)
-				if tt.needs != 0 {
-					o.needAdvice(t, tt.needs)
+	for backing := mm.Anonymous; backing <= mm.FilePrivate; backing++ {
+		var o *observed
+		for _, tt := range observations {
+			t.Run(fmt.Sprintf("%v/%s", backing, strings.ReplaceAll(tt.op, ", ", "+")), func(sub *testing.T) {
+				if o == nil {
+					o = newObserved(t, backing)
 				}
-				got := o.observe(t, tt.do)
+				if tt.needs != 0 {
+					o.needAdvice(sub, tt.needs)
+				}
+				got := o.observe(sub, tt.do)
 				fmt.Fprintf(w, "%s\t%v\t%s\n", tt.op, backing, strings.ReplaceAll(got, " ", "\t"))
 				want := strings.Fields(tt.want[column(backing)])
 				loads := strings.Split(want[0], "|")
 				if fields := strings.Fields(got); !slices.Contains(loads, fields[0]) || !slices.Equal(fields[1:], want[1:]) {
-					t.Errorf("observed is %q, want %q", got, strings.Join(want, " "))
+					sub.Errorf("observed is %q, want %q", got, strings.Join(want, " "))
+				}
+				if tt.last || strings.Contains(got, "exit") {
+					o.close(sub)
+					o = nil
 				}
 			})
+		}
+		if o != nil {
+			o.close(t)
 		}
 	}
 	w.Flush()
@@ -210,31 +252,13 @@ func (o *observed) needAdvice(t *testing.T, advice int) {
 // observe carries an operation out under the guest, and returns what is observed of it.
 func (o *observed) observe(t *testing.T, do func(*observed) error) string {
 	t.Helper()
-	ctx, gpa := testContext(t), gpaOf(observedPage)
-	if err := o.LogDirty(true); err != nil {
-		t.Fatal(err)
-	}
-	if err := o.Start(ctx); err != nil {
-		t.Fatal(err)
-	}
-	guest := o.Probe(0)
-	if err := guest.Store(ctx, gpa, wordStored); err != nil {
-		t.Fatal(err)
-	}
-	if v, err := guest.Load(ctx, gpa); v != wordStored || err != nil {
-		t.Fatalf("the guest loads %#x, %v; want what it has stored", v, err)
-	}
-	if v := o.mustLoad(t, gpa); v != wordStored { // and now the table has a translation
-		t.Fatalf("the machine loads %#x, want what the guest has stored", v)
-	}
-	if dirty := o.harvested(ctx, t); dirty != "dirty" {
-		t.Errorf("a page that the guest has stored to is %q in the dirty log", dirty)
-	}
+	ctx := testContext(t)
+	o.next(ctx, t)
 	seen, shown := o.config.Log.Len(), o.shown()
 
 	switch err := do(o); {
 	case errors.Is(err, unix.EINVAL):
-		if v, err := guest.Load(ctx, gpa); v != wordStored || err != nil || o.slotsChanged(seen) || o.harvested(ctx, t) != "-" {
+		if v, err := o.guest.Load(ctx, o.gpa); v != wordStored || err != nil || o.slotsChanged(seen) || o.harvested(ctx, t) != "-" {
 			t.Errorf("after a refusal the guest loads %#x, %v, or slots or the dirty log have changed", v, err)
 		}
 		return "refused"
@@ -245,7 +269,7 @@ func (o *observed) observe(t *testing.T, do func(*observed) error) string {
 	}
 
 	slots := "same"
-	switch s, ok := o.Slots().Lookup(gpa.GFN()); {
+	switch s, ok := o.Slots().Lookup(o.gpa.GFN()); {
 	case !ok:
 		slots = "cut"
 	case s.Access&addr.Write == 0:
@@ -257,10 +281,10 @@ func (o *observed) observe(t *testing.T, do func(*observed) error) string {
 	}
 	dirty := o.harvested(ctx, t)
 
-	own, ownErr := o.Load64(gpa)
-	v, err := guest.Load(ctx, gpa)
+	own, ownErr := o.Load64(o.gpa)
+	v, err := o.guest.Load(ctx, o.gpa)
 	if err != nil {
-		o.mustNameAddress(t, gpa, addr.Read)
+		o.mustNameAddress(t, addr.Read)
 		if !errors.Is(ownErr, unix.EFAULT) {
 			t.Errorf("the guest has no memory there, and the machine loads %#x, %v; want EFAULT", own, ownErr)
 		}
@@ -275,11 +299,11 @@ func (o *observed) observe(t *testing.T, do func(*observed) error) string {
 	}
 
 	store := "ok"
-	if err := guest.Store(ctx, gpa, wordAgain); err != nil {
-		o.mustNameAddress(t, gpa, addr.Write)
+	if err := o.guest.Store(ctx, o.gpa, wordAgain); err != nil {
+		o.mustNameAddress(t, addr.Write)
 		store = "exit"
-	} else if v, err := guest.Load(ctx, gpa); v != wordAgain || err != nil || o.mustLoad(t, gpa) != wordAgain {
-		t.Errorf("the guest stores %#x and loads %#x, %v; the machine loads %#x", uint64(wordAgain), v, err, o.mustLoad(t, gpa))
+	} else if v, err := o.guest.Load(ctx, o.gpa); v != wordAgain || err != nil || o.mustLoad(t, o.gpa) != wordAgain {
+		t.Errorf("the guest stores %#x and loads %#x, %v; the machine loads %#x", uint64(wordAgain), v, err, o.mustLoad(t, o.gpa))
 	}
 	o.checkChild(t)
 	return fmt.Sprintf("%s %s %s %s", loads, store, dirty, slots)
@@ -287,7 +311,7 @@ func (o *observed) observe(t *testing.T, do func(*observed) error) string {
 
 // shown returns the host address that the page is shown from, or 0.
 func (o *observed) shown() addr.HVA {
-	hva, _ := o.Slots().HVA(gpaOf(observedPage))
+	hva, _ := o.Slots().HVA(o.gpa)
 	return hva
 }
 
@@ -309,7 +333,7 @@ func (o *observed) harvested(ctx context.Context, t *testing.T) string {
 			t.Error(err)
 		}
 	}()
-	gfn := gpaOf(observedPage).GFN()
+	gfn := o.gpa.GFN()
 	var says []string
 	if h.Dirty().Contains(gfn) {
 		says = append(says, "dirty")
@@ -323,13 +347,13 @@ func (o *observed) harvested(ctx context.Context, t *testing.T) string {
 	return strings.Join(says, "+")
 }
 
-// mustNameAddress fails the test unless the run has ended because the guest used gpa.
-func (o *observed) mustNameAddress(t *testing.T, gpa addr.GPA, access addr.Access) {
+// mustNameAddress fails the test unless the run has ended because the guest used the page.
+func (o *observed) mustNameAddress(t *testing.T, access addr.Access) {
 	t.Helper()
 	_, err := o.Wait()
 	var exit *ExitError
-	if !errors.As(err, &exit) || exit.GPA != gpa || exit.Access&access == 0 {
-		t.Errorf("the run has ended with %v; want an access of %v to %v", err, access, gpa)
+	if !errors.As(err, &exit) || exit.GPA != o.gpa || exit.Access&access == 0 {
+		t.Errorf("the run has ended with %v; want an access of %v to %v", err, access, o.gpa)
 	}
 }
 
@@ -352,5 +376,16 @@ func (o *observed) checkChild(t *testing.T) {
 	code := o.boot.Range.Start + addr.HVA(guests.Image)
 	if err := o.child.ReadAt(b[:], code); err != nil || binary.LittleEndian.Uint64(b[:]) != o.mustLoad(t, guests.Image) {
 		t.Errorf("the child has %#x, %v where the guest's code is", binary.LittleEndian.Uint64(b[:]), err)
+	}
+}
+
+// TestFileAndBackingGoTogether: a file without a backing that maps it is a mistake, and so
+// is the backing without a file.
+func TestFileAndBackingGoTogether(t *testing.T) {
+	for _, c := range []Config{{Backing: mm.File}, {Backing: mm.FilePrivate}, {Backing: mm.Memfd, File: os.Stdin}, {File: os.Stdin}} {
+		c.RAM = addr.PageSize
+		if _, err := New(c); !errors.Is(err, ErrConfig) || !strings.Contains(err.Error(), "file") {
+			t.Errorf("New with backing %v and file %v returned %v, want ErrConfig", c.Backing, c.File != nil, err)
+		}
 	}
 }
