@@ -319,7 +319,7 @@ func checkUpdateUnseen(m mutant) error {
 		<-l
 	}
 	b.backend.fail = nil
-	b.behind = true // page 9 has no slot, and is mapped
+	b.behind.Store(true) // page 9 has no slot, and is mapped
 	return errors.Join(err, errors.Join(errs...), b.finish())
 }
 

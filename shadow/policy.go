@@ -33,6 +33,9 @@ func (p Policy) String() string {
 	return fmt.Sprintf("policy(%d)", uint8(p))
 }
 
+// reactions are one for each event.
+type reactions [notifier.Map + 1]reaction
+
 // reaction is what the tracker does about the slots in a bracket.
 type reaction struct {
 	// narrow takes from the slots, before the change, the access that the range
@@ -64,7 +67,7 @@ type reaction struct {
 //	Map      come                   are put in
 //
 // Lazy ones change with Remap alone.
-var policies = map[Policy]map[notifier.Event]reaction{
+var policies = [...]reactions{
 	Precise: {
 		notifier.Unmap:   {narrow: true, settle: true},
 		notifier.Clear:   {},
@@ -86,7 +89,7 @@ var policies = map[Policy]map[notifier.Event]reaction{
 //	Kept     what they were, or dirty if they could not be read before and can be now
 //	Zeroed   discarded
 //	Gone     discarded: what is mapped there later is zero, or is announced by itself
-var content = map[notifier.Content]func(log *dirty.Log, r addr.GFNRange){
+var content = [...]func(log *dirty.Log, r addr.GFNRange){
 	notifier.Changed: (*dirty.Log).MarkRange,
 	notifier.Kept:    func(*dirty.Log, addr.GFNRange) {},
 	notifier.Zeroed:  (*dirty.Log).Discard,
@@ -95,11 +98,10 @@ var content = map[notifier.Content]func(log *dirty.Log, r addr.GFNRange){
 
 // recorder returns what records a change that has been made, or has failed half way.
 func recorder(inv *notifier.Invalidation) func(log *dirty.Log, r addr.GFNRange) {
-	did, ok := content[inv.Content]
-	if !ok || inv.Failed && inv.Content != notifier.Kept {
+	if int(inv.Content) >= len(content) || inv.Failed && inv.Content != notifier.Kept {
 		return (*dirty.Log).MarkRange
 	}
-	return did
+	return content[inv.Content]
 }
 
 // narrowed returns the access that is left of access in r, while inv is open.

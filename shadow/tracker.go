@@ -23,10 +23,13 @@ type Tracker struct {
 	table *Table    // immutable
 	host  Host      // immutable
 
-	policy   Policy // written before the first window is added; protected by slots.mu
+	policy   Policy // written before the first window is added, with slots.mu held
 	released bool   // no more slots; protected by slots.mu
 	logDirty bool   // slots are logged; protected by slots.mu
-	behind   bool   // the backend refused a change, and may have fewer slots than it could; protected by slots.mu
+
+	// behind says that the backend refused a change, and may have fewer slots than it
+	// could. It is written with slots.mu held, in a bracket.
+	behind atomic.Bool
 
 	// coarse says that each window is shown whole, or is about to be, or was a moment
 	// ago. It is written with slots.mu held.
@@ -133,7 +136,7 @@ func (t *Tracker) Check() error {
 	t.slots.lock()
 	defer t.slots.unlock()
 	errs := []error{t.Slots().Check(), t.table.Check()}
-	if !t.behind {
+	if !t.behind.Load() {
 		errs = append(errs, t.Slots().checkWindows(), t.checkCoarse())
 	}
 	for s := range t.Slots().All() {
@@ -215,21 +218,32 @@ func (t *Tracker) InvalidateRangeStart(inv *notifier.Invalidation) error {
 		return nil
 	}
 	t.table.begin(inv.Range)
+	t.recordReturns(inv)
+	react := t.reaction(inv)
+	if !react.narrow && !react.hold {
+		return nil
+	}
 	t.slots.lock()
 	defer t.slots.unlock()
-	react := policies[t.policy][inv.Event]
 	if react.hold {
 		t.slots.backend.Hold()
 	}
-	t.recordReturnsLocked(inv)
 	if !react.narrow || t.coarse.Load() || t.released {
 		return nil
 	}
 	if err := t.fitLocked(t.Slots().windows, t.shows(inv.Range), inv, inv.Op); err != nil {
-		t.behind = true
+		t.behind.Store(true)
 		return fmt.Errorf("make the memory slots follow: %w", err)
 	}
 	return nil
+}
+
+// reaction returns what policy has for an event.
+func (t *Tracker) reaction(inv *notifier.Invalidation) *reaction {
+	if int(inv.Event) >= len(policies[t.policy]) {
+		return new(reaction)
+	}
+	return &policies[t.policy][inv.Event]
 }
 
 // InvalidateRangeEnd makes the slots what they are to be after a change, if the
@@ -245,14 +259,17 @@ func (t *Tracker) InvalidateRangeEnd(inv *notifier.Invalidation) {
 		return
 	}
 	defer t.endTable(inv.Range)
+	t.record(inv)
+	react := t.reaction(inv)
+	if !react.settle && !react.hold && !t.behind.Load() {
+		return
+	}
 	t.slots.lock()
 	defer t.slots.unlock()
-	react := policies[t.policy][inv.Event]
 	if react.hold {
 		defer t.slots.backend.Release()
 	}
-	t.recordLocked(inv)
-	if t.released || !react.settle && !t.behind {
+	if t.released || !react.settle && !t.behind.Load() {
 		return
 	}
 	fit := t.shows(inv.Range)
@@ -261,12 +278,12 @@ func (t *Tracker) InvalidateRangeEnd(inv *notifier.Invalidation) {
 		// What the windows show is a fact, whether or not the slots can follow.
 		t.slots.publishLocked(t.Slots().slots, t.follow(inv))
 	}
-	if t.behind {
+	if t.behind.Load() {
 		fit = []addr.GFNRange{allGFNs}
 	}
 	windows := t.Slots().windows
 	err := t.fitLocked(windows, fit, nil, inv.Op)
-	t.behind = err != nil
+	t.behind.Store(err != nil)
 	if err != nil && moved {
 		t.leaveLocked(inv.Range, inv.Op)
 	}
@@ -298,10 +315,10 @@ func (t *Tracker) leaveLocked(r addr.HVARange, op uint64) {
 	}
 }
 
-// recordLocked records what a change has done to the content of frames. The caller is
+// record records what a change has done to the content of frames. The caller is
 // in a bracket with the mapping lock held, so no harvest is between the change and
 // this, as the log asks for.
-func (t *Tracker) recordLocked(inv *notifier.Invalidation) {
+func (t *Tracker) record(inv *notifier.Invalidation) {
 	if t.slots.mutant == contentUnrecorded {
 		return
 	}
@@ -314,10 +331,10 @@ func (t *Tracker) recordLocked(inv *notifier.Invalidation) {
 	}
 }
 
-// recordReturnsLocked records frames that could not be read and are about to be, with the
+// recordReturns records frames that could not be read and are about to be, with the
 // content that they had: a harvest that had them as dirty meanwhile was of no use to who
 // wanted to copy them. The caller is in a bracket, before the change.
-func (t *Tracker) recordReturnsLocked(inv *notifier.Invalidation) {
+func (t *Tracker) recordReturns(inv *notifier.Invalidation) {
 	gives := inv.Event == notifier.Protect || inv.Event == notifier.Map
 	if !gives || inv.Content != notifier.Kept || inv.After&addr.Read == 0 || t.slots.mutant == returnsUnrecorded {
 		return
