@@ -227,3 +227,40 @@ func TestTruncateErrors(t *testing.T) {
 		t.Errorf("truncate to the same size: %v, %d changes", err, m.Changes())
 	}
 }
+
+// TestFailedMoveLeavesNoHole moves pages that are several mappings, which Linux does since
+// 6.17, and where it does not, has the target unmapped.
+func TestFailedMoveLeavesNoHole(t *testing.T) {
+	for name, move := range map[string]func(*Memory, addr.HVARange, addr.HVA) error{"remap": (*Memory).Remap, "remap-keep": (*Memory).RemapKeep} {
+		t.Run(name, func(t *testing.T) {
+			m, r := newMemory(t, RegionConfig{})
+			target := part(r, 8, 2)
+			mustStore(t, m, target.Start, 7)
+			if err := m.Protect(part(r, 1, 1), addr.Read); err != nil {
+				t.Fatal(err)
+			}
+			err := move(m, part(r, 0, 2), target.Start)
+			t.Logf("the move of two mappings: %v", err)
+			if hole, err := reserveHole(target); hole || err != nil {
+				t.Errorf("there is a hole at the target: %v, %v", hole, err)
+			}
+			mapped := true
+			for _, x := range m.Extents(target) {
+				mapped = mapped && x.Mapped
+			}
+			v, loadErr := m.Load64(target.Start)
+			switch {
+			case err == nil && (loadErr != nil || v != 0):
+				t.Errorf("after the move the target has %#x, %v", v, loadErr)
+			case err != nil && mapped != (loadErr == nil):
+				t.Errorf("the target is said to be mapped: %v, and a load of it gives %#x, %v", mapped, v, loadErr)
+			case err != nil && mapped && v != 7:
+				t.Errorf("the target is said to be as it was, and has %#x", v)
+			}
+			if err := m.Map(target); err != nil {
+				t.Error(err)
+			}
+			mustStore(t, m, target.Start, 8)
+		})
+	}
+}

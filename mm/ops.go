@@ -196,7 +196,7 @@ func (m *Memory) Remap(from addr.HVARange, to addr.HVA) error {
 		do: func(*Region) error {
 			// The source keeps an empty mapping at first, so that there is no
 			// instant at which another thread's mmap could be given its addresses.
-			if err := mremapKeep(from, to); err != nil {
+			if err := m.moveKeep(request{op: OpRemap, r: from, to: to}); err != nil {
 				return err
 			}
 			if err := reserveFixed(from); err != nil {
@@ -237,9 +237,29 @@ func (m *Memory) RemapKeep(from addr.HVARange, to addr.HVA) error {
 				return nil
 			})
 		},
-		do:      func(*Region) error { return mremapKeep(from, to) },
+		do:      func(*Region) error { return m.moveKeep(request{op: OpRemapKeep, r: from, to: to}) },
 		becomes: func(*Change, *Region) []Extent { return m.moved(from, to) },
 	})
+}
+
+// moveKeep moves the pages of req.r to req.to, and leaves an empty mapping in their place.
+//
+// Linux before 6.17 unmaps the target before it finds that it cannot move the source, which
+// is several mappings. The target is a reservation then: never a hole, in which the next
+// allocation of the process could land.
+func (m *Memory) moveKeep(req request) error {
+	err := mremapKeep(req.r, req.to)
+	if err == nil {
+		return nil
+	}
+	target := addr.HVAs(req.to, req.r.Bytes())
+	hole, failed := reserveHole(target)
+	if hole {
+		why := m.changed(req)
+		m.extents.set(Extent{Range: target, Why: &why})
+		err = fmt.Errorf("%w, and what was mapped at %v is gone", err, target)
+	}
+	return errors.Join(err, failed)
 }
 
 // movable reports why the pages of from cannot move to the address to.

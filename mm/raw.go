@@ -1,6 +1,7 @@
 package mm
 
 import (
+	"errors"
 	"fmt"
 	"os"
 
@@ -106,6 +107,16 @@ func mremapKeep(from addr.HVARange, to addr.HVA) error {
 		return fmt.Errorf("mremap: %w", errno)
 	}
 	return nil
+}
+
+// reserveHole puts a reservation in r if nothing at all is mapped there, and reports
+// whether it did.
+func reserveHole(r addr.HVARange) (hole bool, err error) {
+	_, err = mmap(r, unix.PROT_NONE, reservation|unix.MAP_FIXED_NOREPLACE, -1, 0)
+	if errors.Is(err, unix.EEXIST) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // memoryFile makes a memory file of n bytes.
