@@ -78,29 +78,35 @@ func (l *WriteLog) Take(r addr.HVARange, fn func(addr.HVARange)) error {
 	}
 	// With Written as the only category to report, Linux takes a short cut on which pages
 	// that are not there, or in swap, count as written each time.
-	if err := l.scan(r, fn, pagemap.Request{All: pagemap.Written, Report: pagemap.Written | pagemap.Present}); err != nil || !l.shared {
+	written := pagemap.Request{Range: r, Flags: pagemap.WPMatching | pagemap.CheckWPAsync, All: pagemap.Written, Report: pagemap.Written | pagemap.Present}
+	if err := l.scan(written, fn); err != nil || !l.shared {
 		return err
 	}
 	// Of a page of shared memory that is not there, because it was reclaimed or discarded,
-	// the kernel knows by a marker in its place that it was protected. If there is none,
-	// before Linux 6.18 it does not count as written.
+	// the kernel knows by a marker in its place that it was protected. Where there is none,
+	// it does not count as written before Linux 6.18, nor would a scan leave one. A store
+	// that comes before the marker is part of what is told of here.
 	const absent = pagemap.Present | pagemap.Swapped
-	return l.scan(r, fn, pagemap.Request{All: absent, Inverted: absent, Report: absent})
+	var failed error
+	err := l.scan(pagemap.Request{Range: r, Flags: pagemap.CheckWPAsync, All: absent, Inverted: absent, Report: absent}, func(run addr.HVARange) {
+		fn(run)
+		failed = errors.Join(failed, l.fd.WriteProtect(run))
+	})
+	return errors.Join(err, failed)
 }
 
-// scan calls fn for the pages of r that req selects, and protects them.
-func (l *WriteLog) scan(r addr.HVARange, fn func(addr.HVARange), req pagemap.Request) error {
-	req.Range, req.Flags = r, pagemap.WPMatching|pagemap.CheckWPAsync
+// scan calls fn for the pages that req selects.
+func (l *WriteLog) scan(req pagemap.Request, fn func(addr.HVARange)) error {
 	var found [64]pagemap.Region
-	for req.Range.Start < r.End {
-		n, end, err := l.pm.Scan(req, found[:])
+	for end := req.Range.End; req.Range.Start < end; {
+		n, at, err := l.pm.Scan(req, found[:])
 		if err != nil {
 			return err
 		}
 		for _, f := range found[:n] {
 			fn(f.Range)
 		}
-		req.Range.Start = end
+		req.Range.Start = at
 	}
 	return nil
 }

@@ -205,5 +205,18 @@ func (u *FD) Register(r addr.HVARange, mode Mode) error {
 	return nil
 }
 
+// WriteProtect write-protects the pages of r, which is registered with ModeWP; with the
+// feature WPUnpopulated, or in memory that is not private and anonymous, also those that
+// are not there. Both ends of r are page-aligned.
+//
+// WriteProtect wraps UFFDIO_WRITEPROTECT. It is EAGAIN while the address space changes by
+// way of an event that nobody has read.
+func (u *FD) WriteProtect(r addr.HVARange) error {
+	if err := u.writeProtect(r); err != nil {
+		return fmt.Errorf("UFFDIO_WRITEPROTECT of %v: %w", r, err)
+	}
+	return nil
+}
+
 // Close ends all registrations; a thread waiting in a fault of u goes on.
 func (u *FD) Close() error { return u.file.Close() }
