@@ -144,8 +144,10 @@ func TestSlotStorm(t *testing.T) {
 				t.Errorf("%d slots at the end, want 2: all is mapped as at first", n)
 			}
 			slices.Sort(took)
-			t.Logf("%d changes with their opposites, %.0f/s, p50 %v, p99 %v; the guests did %d rounds",
-				len(took), float64(len(took))/elapsed.Seconds(), took[len(took)/2], took[len(took)*99/100], rounds)
+			paused := m.Pauses()
+			t.Logf("%d changes with their opposites, %.0f/s, p50 %v, p99 %v; %d pauses of vCPUs, p50 %v, p99 %v; the guests did %d rounds",
+				len(took), float64(len(took))/elapsed.Seconds(), took[len(took)/2], took[len(took)*99/100],
+				paused.Count, paused.Median, paused.P99, rounds)
 		})
 	}
 }
