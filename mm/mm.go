@@ -94,6 +94,15 @@ var backings = [...]string{
 	File: "file", FilePrivate: "file-private",
 }
 
+// Backings returns all of them.
+func Backings() []Backing {
+	all := make([]Backing, len(backings))
+	for i := range all {
+		all[i] = Backing(i)
+	}
+	return all
+}
+
 func (b Backing) String() string {
 	if int(b) < len(backings) {
 		return backings[b]

@@ -80,7 +80,7 @@ Times are in nanoseconds.`, strings.Join(sourceNames(), ", "), strings.Join(dirt
 			&cli.StringFlag{Name: "heatmap", Destination: &cfg.heatmap, DefaultText: "none", Usage: "write a heat map to `FILE`, as a PNG"},
 			&cli.GenericFlag{Name: "mem", Value: (*size)(&m.RAM), Usage: "give the guest `SIZE` of RAM: in MiB, or with a suffix K, M or G"},
 			&cli.IntFlag{Name: "vcpus", Value: 1, Destination: &m.VCPUs, Usage: "give the guest `N` vCPUs"},
-			&cli.GenericFlag{Name: "backing", Value: &choice[mm.Backing]{&m.Backing, []mm.Backing{mm.Anonymous, mm.Memfd, mm.SharedAnonymous, mm.MemfdPrivate}},
+			&cli.GenericFlag{Name: "backing", Value: &choice[mm.Backing]{&m.Backing, slices.DeleteFunc(mm.Backings(), func(b mm.Backing) bool { return b == mm.File || b == mm.FilePrivate })},
 				Usage: "map RAM from `KIND` of memory: anonymous, memfd, shared-anonymous or memfd-private"},
 			&cli.GenericFlag{Name: "policy", Value: &choice[shadow.Policy]{&m.Policy, []shadow.Policy{shadow.Precise, shadow.Lazy}},
 				Usage: "have slots follow mappings by `POLICY`: precise, or lazy (they stay)"},

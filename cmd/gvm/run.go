@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"time"
 
@@ -21,6 +22,7 @@ type runConfig struct {
 	guest   guests.Guest
 	args    guests.Args
 	machine vm.Config
+	ramFile string        // "": none
 	timeout time.Duration // 0: none
 	stdin   bool
 	json    bool
@@ -47,8 +49,9 @@ and seconds.`,
 		Flags: []cli.Flag{
 			&cli.GenericFlag{Name: "mem", Value: (*size)(&cfg.machine.RAM), Usage: "give the guest `SIZE` of RAM: in MiB, or with a suffix K, M or G"},
 			&cli.IntFlag{Name: "vcpus", Value: 1, Destination: &cfg.machine.VCPUs, Usage: "give the guest `N` vCPUs"},
-			&cli.GenericFlag{Name: "backing", Value: &choice[mm.Backing]{&cfg.machine.Backing, []mm.Backing{mm.Anonymous, mm.Memfd, mm.SharedAnonymous, mm.MemfdPrivate}},
-				Usage: "map RAM from `KIND` of memory: anonymous, memfd, shared-anonymous or memfd-private"},
+			&cli.GenericFlag{Name: "backing", Value: &choice[mm.Backing]{&cfg.machine.Backing, mm.Backings()},
+				Usage: "map RAM from `KIND` of memory: anonymous, memfd, shared-anonymous, memfd-private, file or file-private"},
+			&cli.StringFlag{Name: "ram-file", Destination: &cfg.ramFile, DefaultText: "none", Usage: "the `FILE` that RAM is mapped from, with --backing file or file-private; it is as long as RAM, or longer"},
 			&cli.GenericFlag{Name: "touch", Value: &choice[vm.Touch]{&cfg.machine.Touch, []vm.Touch{vm.Stop, vm.Float, vm.Wait}},
 				Usage: "`WHAT` happens when the guest uses RAM that is not there: stop, float (an empty bus) or wait"},
 			&cli.GenericFlag{Name: "policy", Value: &choice[shadow.Policy]{&cfg.machine.Policy, []shadow.Policy{shadow.Precise, shadow.Lazy}},
@@ -130,6 +133,12 @@ func run(ctx context.Context, cfg *runConfig, stdin io.Reader, stdout, stderr io
 	if cfg.json {
 		cfg.machine.Console = stderr
 	}
+	if cfg.ramFile != "" {
+		if cfg.machine.File, err = os.OpenFile(cfg.ramFile, ramFileFlag(cfg.machine.Backing), 0); err != nil {
+			return 0, fmt.Errorf("%w: %w", vm.ErrConfig, err)
+		}
+		defer cfg.machine.File.Close() // the machine has a descriptor of its own
+	}
 	m, err := vm.New(cfg.machine)
 	if err != nil {
 		return 0, lack(err)
@@ -174,6 +183,15 @@ func run(ctx context.Context, cfg *runConfig, stdin io.Reader, stdout, stderr io
 		r.VCPUs = append(r.VCPUs, vcpuReport{progress})
 	}
 	return status, errors.Join(err, writeJSON(stdout, r))
+}
+
+// ramFileFlag returns how the file of RAM is opened: what the guest writes goes there unless
+// its mapping is private.
+func ramFileFlag(b mm.Backing) int {
+	if b == mm.File {
+		return os.O_RDWR
+	}
+	return os.O_RDONLY
 }
 
 // feed gives the guest what r has and then, as a terminal's Ctrl-D would, an end

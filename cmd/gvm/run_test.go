@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -40,6 +42,35 @@ func TestRun(t *testing.T) {
 				t.Errorf("got %+v, want %+v", got, want)
 			}
 		})
+	}
+}
+
+// TestRunFile has a guest's RAM be a file, which is written to if it is shared.
+func TestRunFile(t *testing.T) {
+	gvmtest.Need(t, gvmtest.KVM)
+	const ram = 16 << 12
+	for backing, shared := range map[string]bool{"file": true, "file-private": false} {
+		name := filepath.Join(t.TempDir(), backing)
+		if err := os.WriteFile(name, make([]byte, ram), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		line := "run --mem 64K --backing " + backing + " --ram-file " + name + " stamp pages=4 limit=100"
+		if r := gvm(t.Context(), "", strings.Fields(line)...); r != (result{}) {
+			t.Errorf("gvm %s: %+v", line, r)
+		}
+		got, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if written := !bytes.Equal(got, make([]byte, ram)); written != shared || len(got) != ram {
+			t.Errorf("%s: the file has been written to: %v, want %v; it has %d bytes", backing, written, shared, len(got))
+		}
+		if err := os.Truncate(name, ram-1); err != nil {
+			t.Fatal(err)
+		}
+		if r := gvm(t.Context(), "", strings.Fields(line)...); r.status != statusUsage || !strings.Contains(r.stderr, name) {
+			t.Errorf("with a file that is too short: %+v", r)
+		}
 	}
 }
 
