@@ -23,8 +23,9 @@ const module = "github.com/secondmmu/gvm/"
 // rooms is what each package may import of the module, and from outside of it
 // apart from the standard library. Imports point down this list.
 var rooms = []struct{ name, imports string }{
-	{"cmd/gvm", "demo doctor epoch hostops vm shadow mm guests addr github.com/urfave/cli/v2 github.com/schollz/progressbar/v3 golang.org/x/term golang.org/x/sys/unix"},
+	{"cmd/gvm", "audit demo doctor epoch hostops vm shadow mm guests addr github.com/urfave/cli/v2 github.com/schollz/progressbar/v3 golang.org/x/term golang.org/x/sys/unix"},
 	{"demo", "vm mm guests trace addr"},
+	{"audit", "epoch vm hostops shadow mm kvm guests addr golang.org/x/sys/unix"},
 	{"epoch", "vm hostops dirty guests addr golang.org/x/sys/unix"},
 	{"doctor", "vm mm kvm guests internal/uffd internal/pagemap internal/tracefs internal/perf addr golang.org/x/sys/unix"},
 	{"vm", "shadow mm dirty kvm guests trace internal/lockorder addr golang.org/x/sys/unix golang.org/x/arch/x86/x86asm"},

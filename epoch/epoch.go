@@ -37,6 +37,12 @@ type Config struct {
 	WorkingSet bool   // take the working set of each epoch
 	Defect     string // in a build with the tag gvm_defects; "": none
 
+	// Paused is called in each epoch that is verified, after the comparison, with the guest
+	// paused and no operation in progress; Quiet in each epoch with the guest running and
+	// no operation in progress. An error ends the run. nil: they are not.
+	Paused func(*vm.Machine) error
+	Quiet  func(context.Context, *vm.Machine) error
+
 	// OnEpoch is called at the end of each epoch. nil: it is not.
 	OnEpoch func(*Epoch)
 }
@@ -355,13 +361,21 @@ func (r *run) epoch(ctx context.Context, n int) (err error) {
 				return nil
 			}
 			defer func(begin time.Time) { compare = time.Since(begin) }(time.Now())
-			return r.verify(e)
+			if err := r.verify(e); err != nil || r.config.Paused == nil {
+				return err
+			}
+			return r.config.Paused(r.m)
 		},
 	})
 	if err != nil && !errors.Is(err, errSnapshot) {
 		return err
 	}
 	e.Pause -= compare
+	if r.config.Quiet != nil && !r.result.Exited {
+		if err := r.quiet(ctx); err != nil {
+			return err
+		}
+	}
 	if r.config.WorkingSet {
 		if err := r.takeWorkingSet(ctx, e); err != nil {
 			return err
@@ -371,6 +385,12 @@ func (r *run) epoch(ctx context.Context, n int) (err error) {
 		e.Spurious = r.copy.spurious - spurious
 	}
 	return r.account(e)
+}
+
+func (r *run) quiet(ctx context.Context) error {
+	r.opsMu.Lock()
+	defer r.opsMu.Unlock()
+	return r.config.Quiet(ctx, r.m)
 }
 
 func (r *run) takeWorkingSet(ctx context.Context, e *Epoch) error {

@@ -163,15 +163,25 @@ func (cfg *dirtyConfig) parse(args []string) (err error) {
 	return nil
 }
 
-// dirtyLine is a line of "gvm dirty --json".
-type dirtyLine struct {
-	Kind string `json:"kind"` // "epoch", "result" or "not-run"
-	*epoch.Epoch
-	*epoch.Result
-	Source string `json:"source"`
-	Seed   uint64 `json:"seed,omitempty"` // of a result
-	Error  string `json:"error,omitempty"`
-}
+// The lines of "gvm dirty --json", by their kinds. An epoch and a result have names in
+// common, so there is no type that has both.
+type (
+	epochLine struct {
+		Kind string `json:"kind"` // "epoch"
+		*epoch.Epoch
+	}
+	resultLine struct {
+		Kind string `json:"kind"` // "result"
+		*epoch.Result
+		Seed  uint64 `json:"seed"`
+		Error string `json:"error"` // what ended the run, or empty
+	}
+	notRunLine struct {
+		Kind   string `json:"kind"` // "not-run"
+		Source string `json:"source"`
+		Error  string `json:"error"`
+	}
+)
 
 // measureDirty runs the guest with each source. Missing pages are exit status 1, after
 // all has been printed.
@@ -242,7 +252,7 @@ func measureSource(ctx context.Context, cfg *dirtyConfig, source vm.DirtySource,
 		_ = bar.Add(1)
 		switch {
 		case cfg.json:
-			failed = errors.Join(failed, json.NewEncoder(stdout).Encode(dirtyLine{Kind: "epoch", Source: e.Source, Epoch: e}))
+			failed = errors.Join(failed, json.NewEncoder(stdout).Encode(epochLine{"epoch", e}))
 		case c.Epochs <= many || len(e.Missing) > 0 || (e.Number-1)%((c.Epochs+many-1)/many) == 0:
 			if table == nil {
 				var err error
@@ -259,7 +269,7 @@ func measureSource(ctx context.Context, cfg *dirtyConfig, source vm.DirtySource,
 // showSource prints what became of a run, which err ended.
 func showSource(cfg *dirtyConfig, r *epoch.Result, heat *epoch.Heat, stdout io.Writer, err error) error {
 	if cfg.json {
-		line := dirtyLine{Kind: "result", Source: r.Source, Result: r, Seed: cfg.run.Seed}
+		line := resultLine{Kind: "result", Result: r, Seed: cfg.run.Seed}
 		if err != nil {
 			line.Error = err.Error()
 		}
@@ -281,7 +291,7 @@ func showSource(cfg *dirtyConfig, r *epoch.Result, heat *epoch.Heat, stdout io.W
 // notRun says that the machine does not have a source.
 func notRun(cfg *dirtyConfig, source vm.DirtySource, why error, stdout io.Writer) error {
 	if cfg.json {
-		return json.NewEncoder(stdout).Encode(dirtyLine{Kind: "not-run", Source: source.String(), Error: why.Error()})
+		return json.NewEncoder(stdout).Encode(notRunLine{"not-run", source.String(), why.Error()})
 	}
 	_, err := fmt.Fprintf(stdout, "%v: not run: %v\n\n", source, why)
 	return err

@@ -47,20 +47,30 @@ func TestDirtyJSON(t *testing.T) {
 	if r.status != 0 || r.stderr != "" {
 		t.Fatalf("status %d, standard error %q", r.status, r.stderr)
 	}
-	d := json.NewDecoder(strings.NewReader(r.stdout))
-	d.DisallowUnknownFields()
-	kinds := map[string]int{}
-	for d.More() {
-		var line dirtyLine
-		if err := d.Decode(&line); err != nil {
+	kinds, pages := map[string]int{}, map[string]uint64{}
+	for text := range strings.Lines(r.stdout) {
+		var kind struct{ Kind, Source string }
+		if err := json.Unmarshal([]byte(text), &kind); err != nil {
 			t.Fatal(err)
 		}
-		kinds[line.Source+" "+line.Kind]++
-		switch {
-		case line.Kind == "epoch" && line.Epoch.Number != kinds[line.Source+" epoch"]:
-			t.Errorf("epoch %d comes as number %d", line.Epoch.Number, kinds[line.Source+" epoch"])
-		case line.Kind == "result" && (line.Result.Epochs != 50 || line.Result.Pages == 0 || line.Result.HostOps.Ops == 0 || line.Result.Missing != 0):
-			t.Errorf("the result is %+v", line.Result)
+		kinds[kind.Source+" "+kind.Kind]++
+		d := json.NewDecoder(strings.NewReader(text))
+		d.DisallowUnknownFields()
+		switch kind.Kind {
+		case "epoch":
+			var line epochLine
+			if err := d.Decode(&line); err != nil || line.Number != kinds[kind.Source+" epoch"] || line.Rounds == 0 && !line.Failed || line.Missing == nil {
+				t.Errorf("an epoch is %s, %v", text, err)
+			}
+			pages[kind.Source] += line.Pages
+		case "result":
+			var line resultLine
+			if err := d.Decode(&line); err != nil || line.Epochs != 50 || line.HostOps.Ops == 0 || line.Missing != 0 || line.Error != "" {
+				t.Errorf("the result is %s, %v", text, err)
+			}
+			if n := pages[kind.Source]; n == 0 || line.Pages != n {
+				t.Errorf("the epochs have %d pages, and the result %d", n, line.Pages)
+			}
 		}
 	}
 	if got, want := fmt.Sprint(kinds), "map[bitmap epoch:50 bitmap result:1 ring epoch:50 ring result:1]"; got != want {

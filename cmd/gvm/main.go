@@ -78,6 +78,7 @@ The exit status is 0 for success, 1 if what was examined is at fault, 2 if the
 command line is, and 3 if the machine lacks something that gvm needs. "gvm run"
 exits with the status of a guest that exits by itself.`,
 		Commands: []*cli.Command{
+			auditCommand(),
 			demoCommand(),
 			dirtyCommand(),
 			doctorCommand(),
