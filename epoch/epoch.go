@@ -236,7 +236,7 @@ func (r *run) openOps() (err error) {
 	if c.Script == nil && !c.Random {
 		return nil
 	}
-	ops := hostops.Config{Target: r.target(), Script: c.Script, Seed: c.Seed}
+	ops := hostops.Config{Target: Target(r.m), Script: c.Script, Seed: c.Seed}
 	if c.Random {
 		ops.Random = hostops.NewRandom(hostops.RandomConfig{
 			Seed: c.Seed, Pages: c.Machine.RAM >> addr.PageShift, Backing: c.Machine.Backing, Spare: spare, Missing: 3,
@@ -246,14 +246,14 @@ func (r *run) openOps() (err error) {
 	return err
 }
 
-// target is the guest's memory, as operations of the host see it.
-func (r *run) target() hostops.Target {
+// Target is the RAM of a machine, as operations of the host see it.
+func Target(m *vm.Machine) hostops.Target {
 	gpa := func(page, offset uint64) addr.GPA { return guests.RAMBase + addr.GPA(page<<addr.PageShift+offset) }
 	return hostops.Target{
-		Memory: r.m.Memory(), RAM: r.m.RAM(), Spare: r.m.Spare(),
-		HVA:     func(page uint64) (addr.HVA, bool) { return r.m.Slots().HVA(gpa(page, 0)) },
-		Store64: func(page, offset, value uint64) error { return r.m.Store64(gpa(page, offset), value) },
-		Write:   func(page, offset uint64, p []byte) error { return r.m.WriteGuest(gpa(page, offset), p) },
+		Memory: m.Memory(), RAM: m.RAM(), Spare: m.Spare(),
+		HVA:     func(page uint64) (addr.HVA, bool) { return m.Slots().HVA(gpa(page, 0)) },
+		Store64: func(page, offset, value uint64) error { return m.Store64(gpa(page, offset), value) },
+		Write:   func(page, offset uint64, p []byte) error { return m.WriteGuest(gpa(page, offset), p) },
 	}
 }
 

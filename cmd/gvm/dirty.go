@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -297,16 +298,11 @@ func notRun(cfg *dirtyConfig, source vm.DirtySource, why error, stdout io.Writer
 	return err
 }
 
-// writeHeatmap writes a picture. A file that could not be written whole is removed.
-func writeHeatmap(name string, maps []*epoch.Heat) (err error) {
-	f, err := os.Create(name)
-	if err != nil {
+// writeHeatmap writes a picture.
+func writeHeatmap(name string, maps []*epoch.Heat) error {
+	var picture bytes.Buffer
+	if err := epoch.WritePNG(&picture, maps...); err != nil {
 		return err
 	}
-	defer func() {
-		if err = errors.Join(err, f.Close()); err != nil {
-			_ = os.Remove(name)
-		}
-	}()
-	return epoch.WritePNG(f, maps...)
+	return os.WriteFile(name, picture.Bytes(), 0o666)
 }
