@@ -5,6 +5,7 @@ import (
 	"log"
 	"log/slog"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -145,9 +146,33 @@ func TestS21StallReportThatPanics(t *testing.T) {
 	})
 }
 
+// lockedBuffer is written by one goroutine and read by another.
+type lockedBuffer struct {
+	mu  sync.Mutex // protects buf
+	buf bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
+
+func (b *lockedBuffer) Reset() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.buf.Reset()
+}
+
 // TestStallIsLogged: unless OnStall says otherwise, that is what is done.
 func TestStallIsLogged(t *testing.T) {
-	var text bytes.Buffer
+	var text lockedBuffer
 	old, writer, flags := slog.Default(), log.Writer(), log.Flags()
 	slog.SetDefault(slog.New(slog.NewTextHandler(&text, nil)))
 	defer func() {
@@ -160,21 +185,21 @@ func TestStallIsLogged(t *testing.T) {
 	idx := d.DownRead()
 	done := gvmtest.Background(d.Synchronize)
 	awaitFlip(&d, idx)
-	awaitWaiting(&d, 10*time.Millisecond)
+	gvmtest.Eventually(func() bool { return text.String() != "" })
 	d.UpRead(idx)
 	<-done
 	if n := strings.Count(text.String(), "\n"); n != 1 {
-		t.Errorf("a stall is logged in %d lines, want 1:\n%s", n, &text)
+		t.Errorf("a stall is logged in %d lines, want 1:\n%s", n, text.String())
 	}
 	for _, want := range []string{"level=WARN", "a grace period is stalled by read sections", "domain=0x", "waited=", "rank=0", "sections=1", "readers=0", "shards=map[-1:1]"} {
 		if !strings.Contains(text.String(), want) {
-			t.Errorf("a stall is logged as %q, want %q in it", &text, want)
+			t.Errorf("a stall is logged as %q, want %q in it", text.String(), want)
 		}
 	}
 	text.Reset()
 	logStall(Stall{Domain: Default()})
 	if want := "domain=default"; !strings.Contains(text.String(), want) {
-		t.Errorf("a stall of the default domain is logged as %q, want %q in it", &text, want)
+		t.Errorf("a stall of the default domain is logged as %q, want %q in it", text.String(), want)
 	}
 	if d := New(); d.stall.Load() != nil || defaultStallRule.after != 21*time.Second {
 		t.Errorf("a new domain has a rule %v, and the default is %v; want none, and 21 s", d.stall.Load(), defaultStallRule.after)
