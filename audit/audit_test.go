@@ -28,7 +28,7 @@ func testContext(t testing.TB) context.Context {
 // TestAudit wants no divergence, and every view compared.
 func TestAudit(t *testing.T) {
 	gvmtest.Need(t, gvmtest.KVM)
-	c := Config{Seed: gvmtest.Seed(t), Duration: gvmtest.StormLasts(10 * time.Second), VCPUs: 2}
+	c := Config{Seed: gvmtest.Seed(t), Duration: gvmtest.StormLasts(5 * time.Second), VCPUs: 2}
 	c.OnRound = func(r *Round) {
 		for _, d := range r.Divergences {
 			t.Errorf("round %d: %v", r.Number, d)
@@ -39,7 +39,7 @@ func TestAudit(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("%d rounds, %d epochs, %d operations: compared %v", r.Rounds, r.Epochs, r.Ops, r.Checks)
-	if r.Rounds > 8 {
+	if r.Rounds > 20 {
 		for _, v := range Views() {
 			if r.Checks[v] == 0 && v != KVM {
 				t.Errorf("of %s nothing was compared", v)
