@@ -23,7 +23,7 @@ const module = "github.com/secondmmu/gvm/"
 // rooms is what each package may import of the module, and from outside of it
 // apart from the standard library. Imports point down this list.
 var rooms = []struct{ name, imports string }{
-	{"cmd/gvm", "audit demo doctor epoch hostops vm shadow mm guests addr github.com/urfave/cli/v2 github.com/schollz/progressbar/v3 golang.org/x/term golang.org/x/sys/unix"},
+	{"cmd/gvm", "audit demo doctor epoch hostops vm shadow mm guests trace addr github.com/urfave/cli/v2 github.com/schollz/progressbar/v3 golang.org/x/term golang.org/x/sys/unix"},
 	{"demo", "vm mm guests trace addr"},
 	{"audit", "epoch vm hostops shadow mm kvm guests addr golang.org/x/sys/unix"},
 	{"epoch", "vm hostops dirty guests addr golang.org/x/sys/unix"},
@@ -33,7 +33,7 @@ var rooms = []struct{ name, imports string }{
 	{"shadow", "notifier dirty srcu trace internal/hostmem internal/interval internal/lockorder addr"},
 	{"hmm", "notifier srcu internal/lockorder addr"},
 	{"hostops", "mm addr golang.org/x/sys/unix"},
-	{"mm", "notifier trace internal/hostmem internal/uffd internal/pagemap internal/pageidle addr golang.org/x/sys/unix"},
+	{"mm", "notifier trace internal/hostmem internal/uffd internal/pagemap internal/pageidle internal/tracefs internal/perf addr golang.org/x/sys/unix"},
 	{"dirty", "srcu addr"},
 	{"notifier", "srcu internal/interval internal/lockorder addr golang.org/x/sync/semaphore"},
 	{"srcu", "internal/goid golang.org/x/sys/unix"},

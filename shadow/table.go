@@ -121,8 +121,8 @@ func (t *Table) at(step string) {
 func (t *Table) Dirty() *dirty.Log { return t.log }
 
 // begin opens a bracket: no translation of the range is used when it returns, nor
-// made before end.
-func (t *Table) begin(r addr.HVARange) {
+// made before end. It returns how many pages were translated.
+func (t *Table) begin(r addr.HVARange) (zapped int) {
 	if t.slots.mutant != bracketUnrecorded {
 		t.bracketMu.Lock()
 		if t.slots.mutant == newestBracketOnly {
@@ -133,13 +133,14 @@ func (t *Table) begin(r addr.HVARange) {
 		t.bracketMu.Unlock()
 	}
 	if t.slots.mutant != changeBeforeZap {
-		t.zapHVAs(r)
+		zapped = t.zapHVAs(r)
 	}
 	t.bracketMu.Lock()
 	defer t.bracketMu.Unlock()
 	if i := slices.Index(t.open, bracket{HVARange: r}); i >= 0 {
 		t.open[i].zapped = true
 	}
+	return zapped
 }
 
 // end closes the bracket that begin opened for the range.
@@ -237,10 +238,10 @@ func wait(ctx context.Context, c <-chan struct{}, what string) error {
 }
 
 // zapHVAs takes out the translations of the pages in r, at all frames that show
-// them, and returns when none of them is used. It does not take the lock where no
-// slot shows a byte of r.
-func (t *Table) zapHVAs(r addr.HVARange) {
-	locked, zapped := false, 0
+// them, and returns how many there were, when none of them is used. It does not take
+// the lock where no slot shows a byte of r.
+func (t *Table) zapHVAs(r addr.HVARange) (zapped int) {
+	locked := false
 	for s := range t.slots.Slots().slots.inHVAs(r) {
 		if !locked {
 			t.lock()
@@ -255,6 +256,7 @@ func (t *Table) zapHVAs(r addr.HVARange) {
 	if locked {
 		t.flush(zapped)
 	}
+	return zapped
 }
 
 // zapFrames takes out the translations of frames, and returns when none of them is

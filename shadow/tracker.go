@@ -122,7 +122,11 @@ func (t *Tracker) Harvest(ctx context.Context) (*dirty.Harvest, error) {
 	t.slots.lock()
 	t.slots.collectLocked(slices.Collect(t.Slots().All()))
 	t.slots.unlock()
-	return t.table.log.Begin()
+	h, err := t.table.log.Begin()
+	if err == nil && t.slots.log != nil {
+		t.slots.log.Record(trace.Event{Kind: trace.Harvest, Pages: h.Dirty().Len()})
+	}
+	return h, err
 }
 
 // Check returns an error for every invariant of the set and the table that does
@@ -217,7 +221,7 @@ func (t *Tracker) InvalidateRangeStart(inv *notifier.Invalidation) error {
 	if inv.NonBlockable {
 		return nil
 	}
-	t.table.begin(inv.Range)
+	t.traceZap(inv, t.table.begin(inv.Range))
 	t.recordReturns(inv)
 	react := t.reaction(inv)
 	if !react.narrow && !react.hold {
@@ -244,6 +248,20 @@ func (t *Tracker) reaction(inv *notifier.Invalidation) *reaction {
 		return new(reaction)
 	}
 	return &policies[t.policy][inv.Event]
+}
+
+// traceZap records in the trace which frames the translations were of that a bracket has
+// taken out, zapped pages of them. There is an event for each run of frames, also if
+// none of them was translated; the first has the number.
+func (t *Tracker) traceZap(inv *notifier.Invalidation, zapped int) {
+	if t.slots.log == nil {
+		return
+	}
+	for w := range t.Slots().windows.inHVAs(inv.Range) {
+		both := w.HVAs().Intersect(inv.Range)
+		t.slots.log.Record(trace.Event{Kind: trace.Zap, Op: inv.Op, HVA: both, GFN: frames(w.gfn(both.Start), both.NPages()), Pages: uint64(zapped)})
+		zapped = 0
+	}
 }
 
 // InvalidateRangeEnd makes the slots what they are to be after a change, if the

@@ -138,7 +138,7 @@ func newBench(t *testing.T, n uint64) *bench { return newBenchWith(t, n, Precise
 func newBenchWith(t *testing.T, n uint64, policy Policy, limit uint32) *bench {
 	t.Helper()
 	b := &bench{t: t, host: hostModel{}, backend: newBackend(t)}
-	b.Tracker = NewTracker(b.host, b.backend, limit, trace.NewLog(100))
+	b.Tracker = NewTracker(b.host, b.backend, limit, trace.NewLog(1000))
 	b.SetPolicy(policy)
 	w := Window{Name: "ram", GFN: 0x100, NPages: n, HVA: 0x10000}
 	b.host.set(w.HVAs(), addr.ReadWrite)

@@ -180,13 +180,13 @@ func (v *vcpu) touch(ctx context.Context, e *kvm.MMIOExit) error {
 		v.pending = e
 		return nil
 	case v.m.config.Touch == Float:
-		v.touched(u, "floated")
+		v.touched(u, trace.Floated)
 		if !e.Write {
 			fill(e.Data)
 		}
 		return nil
 	}
-	v.touched(u, "stopped")
+	v.touched(u, trace.Stopped)
 	failed := &ExitError{VCPU: v.id, Exit: e.String(), Reason: takenAway}
 	if _, err := v.m.hva(e.GPA); err != nil {
 		failed.Reason = "the guest used an address where there is no RAM"
@@ -218,7 +218,9 @@ func (v *vcpu) wait(ctx context.Context, u use, try func() error) error {
 		err := try()
 		if err == nil {
 			if waited {
-				v.record(u, "resumed")
+				v.record(trace.Touch, u, trace.Resumed)
+			} else {
+				v.record(trace.Complete, u, "")
 			}
 			return nil
 		}
@@ -230,7 +232,7 @@ func (v *vcpu) wait(ctx context.Context, u use, try func() error) error {
 			return err // it is not RAM, and will not be
 		}
 		if !waited {
-			v.touched(u, "waits")
+			v.touched(u, trace.Waits)
 			waited = true
 		}
 		select {
@@ -248,15 +250,16 @@ var errStopped = errors.New("the run was stopped")
 
 // touched tells of a use of RAM that is not there, and what becomes of it.
 func (v *vcpu) touched(u use, what string) {
-	v.record(u, what)
+	v.record(trace.Touch, u, what)
 	if v.m.config.OnTouch != nil {
 		v.m.config.OnTouch(v.id, u.gpa)
 	}
 }
 
-func (v *vcpu) record(u use, what string) {
+// record records a use of RAM that its slots did not allow, and what becomes of it.
+func (v *vcpu) record(kind trace.Kind, u use, what string) {
 	gfn := u.gpa.GFN()
-	v.m.config.Log.Record(trace.Event{Kind: trace.Touch, Name: what, VCPU: v.id, GFN: addr.GFNRange{Start: gfn, End: gfn + 1}, Acc: u.access})
+	v.m.config.Log.Record(trace.Event{Kind: kind, Name: what, VCPU: v.id, GFN: addr.GFNRange{Start: gfn, End: gfn + 1}, Acc: u.access})
 }
 
 // faults is a series of EFAULTs at one instruction. Tries of one series are
@@ -296,7 +299,7 @@ func (v *vcpu) handleFault(ctx context.Context, changes uint64) error {
 		if err == nil || errors.Is(err, errStopped) {
 			return nil
 		}
-		v.touched(u, "stopped")
+		v.touched(u, trace.Stopped)
 		if !coarse {
 			e.Reason = "the guest used memory whose host mapping is missing"
 		}

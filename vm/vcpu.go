@@ -9,8 +9,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/secondmmu/gvm/addr"
 	"github.com/secondmmu/gvm/internal/lockorder"
 	"github.com/secondmmu/gvm/kvm"
+	"github.com/secondmmu/gvm/trace"
 )
 
 // vcpu is one vCPU and what its thread knows.
@@ -152,6 +154,7 @@ func (v *vcpu) run(ctx context.Context) error {
 		exit, err := v.cpu.Run()
 		lockorder.Release(lockorder.Guest)
 		v.m.gate.leave(v)
+		v.recordExit(exit, err)
 		switch {
 		case err == nil:
 			err = v.handle(ctx, exit)
@@ -165,6 +168,32 @@ func (v *vcpu) run(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// recordExit records why the vCPU has left the guest.
+func (v *vcpu) recordExit(exit kvm.Exit, err error) {
+	if v.m.config.Log == nil {
+		return
+	}
+	e := trace.Event{Kind: trace.Exit, VCPU: v.id}
+	switch {
+	case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
+		e.Name = "kick"
+	case errors.Is(err, unix.EFAULT):
+		e.Name = "EFAULT"
+	case err != nil:
+		e.Name = "failure"
+	default:
+		e.Name = exit.Reason().String()
+	}
+	if mmio, ok := exit.(*kvm.MMIOExit); ok {
+		gfn := mmio.GPA.GFN()
+		e.GFN, e.Acc = addr.GFNRange{Start: gfn, End: gfn + 1}, addr.Read
+		if mmio.Write {
+			e.Acc = addr.ReadWrite
+		}
+	}
+	v.m.config.Log.Record(e)
 }
 
 // handle does what an exit asks for. With an error the vCPU cannot go on.

@@ -112,7 +112,7 @@ type Config struct {
 	// must not change mappings. nil: it is not told.
 	OnTouch func(vcpu int, gpa addr.GPA)
 
-	// Log records operations, notifications, slot changes and touches. nil:
+	// Log records operations and what follows from them, exits and touches. nil:
 	// nothing is recorded.
 	Log *trace.Log
 }
@@ -285,6 +285,9 @@ func (m *Machine) addMemory() (err error) {
 		return err
 	}
 	if m.ram, err = m.memory.NewRegion(mm.RegionConfig{Name: "ram", Size: m.config.RAM, Backing: m.config.Backing, File: m.config.File}); err != nil {
+		if m.config.File != nil && !errors.Is(err, unix.ENOMEM) {
+			err = fmt.Errorf("%w: %w", ErrConfig, err)
+		}
 		return err
 	}
 	if m.config.Spare != 0 {
@@ -373,10 +376,16 @@ func (m *Machine) SerialInput() io.Writer { return &m.devices.uart }
 //
 // Pauses nest. Pause is called neither from OnMark nor by a subscriber of the
 // address space, and not with the mapping lock held.
-func (m *Machine) Pause() { m.gate.Pause() }
+func (m *Machine) Pause() {
+	m.gate.Pause()
+	m.config.Log.Record(trace.Event{Kind: trace.Hold, Name: "pause"})
+}
 
 // Resume ends one Pause.
-func (m *Machine) Resume() { m.gate.Resume() }
+func (m *Machine) Resume() {
+	m.config.Log.Record(trace.Event{Kind: trace.Release, Name: "pause"})
+	m.gate.Resume()
+}
 
 // Pauses returns how long vCPUs have been kept out of the guest so far.
 func (m *Machine) Pauses() PauseStats { return m.gate.stats() }
@@ -432,8 +441,15 @@ func (m *Machine) hva(gpa addr.GPA) (addr.HVA, error) {
 // backend installs the tracker's slots in KVM, behind the gate.
 type backend Machine
 
-func (b *backend) Hold()    { b.gate.Hold() }
-func (b *backend) Release() { b.gate.Release() }
+func (b *backend) Hold() {
+	b.gate.Hold()
+	b.config.Log.Record(trace.Event{Kind: trace.Hold, Name: "slots"})
+}
+
+func (b *backend) Release() {
+	b.config.Log.Record(trace.Event{Kind: trace.Release, Name: "slots"})
+	b.gate.Release()
+}
 
 func (b *backend) CreateSlot(s shadow.Slot) error {
 	r := kvm.MemoryRegion{Slot: s.ID, GPA: s.GFN.GPA(), Size: s.NPages << addr.PageShift, HVA: s.HVA}

@@ -85,6 +85,7 @@ exits with the status of a guest that exits by itself.`,
 			guestsCommand(),
 			helpCommand(),
 			runCommand(),
+			traceCommand(),
 		},
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "version", Usage: "print the version", DisableDefaultText: true},

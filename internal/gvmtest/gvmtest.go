@@ -36,6 +36,7 @@ const (
 	Swap        Feature = "swap"        // there is swap space that is not full
 	HugePages   Feature = "hugepages"   // transparent huge pages may be asked for
 	Advice      Feature = "advice"      // the kernel knows all of madvise(2) that is used: Linux 6.13
+	Chromium    Feature = "chromium"    // the browser: see Browser
 )
 
 // Need skips the test, naming the reason, if the machine lacks f; it fails the
@@ -86,6 +87,9 @@ func probe(f Feature) error {
 			return err
 		}
 		return lookTools("cc")
+	case Chromium:
+		_, err := Browser()
+		return err
 	case Root:
 		if os.Geteuid() != 0 {
 			return errors.New("not running as root")
@@ -95,6 +99,17 @@ func probe(f Feature) error {
 		return nil // tests find out by themselves, by use
 	}
 	return fmt.Errorf("unknown feature %q", f)
+}
+
+// Browser returns the path of Chromium or one of its kind.
+func Browser() (string, error) {
+	names := []string{"chromium", "chromium-browser", "google-chrome", "google-chrome-stable"}
+	for _, name := range names {
+		if path, err := exec.LookPath(name); err == nil {
+			return path, nil
+		}
+	}
+	return "", fmt.Errorf("none of %s is in PATH", strings.Join(names, ", "))
 }
 
 func lookTools(names ...string) error {
