@@ -28,7 +28,7 @@ func testContext(t testing.TB) context.Context {
 // TestAudit wants no divergence, and every view compared.
 func TestAudit(t *testing.T) {
 	gvmtest.Need(t, gvmtest.KVM)
-	c := Config{Seed: gvmtest.Seed(t), Duration: gvmtest.StormLasts(5 * time.Second), VCPUs: 2}
+	c := Config{Seed: gvmtest.Seed(t), Duration: gvmtest.StormLasts(3 * time.Second), VCPUs: 2}
 	c.OnRound = func(r *Round) {
 		for _, d := range r.Divergences {
 			t.Errorf("round %d: %v", r.Number, d)

@@ -128,9 +128,9 @@ func TestRunStopped(t *testing.T) {
 	gvmtest.Need(t, gvmtest.KVM)
 	for _, guest := range []string{"spin", "stamp", "probe"} {
 		t.Run(guest, func(t *testing.T) {
-			report, r := runJSON(t, "--vcpus 2 --timeout 50ms "+guest)
-			const message = "the run was stopped: timed out after 50ms"
-			if r.status != statusFailed || r.stderr != "gvm: "+message+"\n" || report.Error != message || report.Status != nil || report.Seconds < 0.05 {
+			report, r := runJSON(t, "--vcpus 2 --timeout 300ms "+guest)
+			const message = "the run was stopped: timed out after 300ms"
+			if r.status != statusFailed || r.stderr != "gvm: "+message+"\n" || report.Error != message || report.Status != nil || report.Seconds < 0.3 {
 				t.Errorf("%+v, from %+v", report, r)
 			}
 			if guest != "probe" && report.VCPUs[0].Progress == 0 {
