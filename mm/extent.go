@@ -39,6 +39,7 @@ type Extent struct {
 	object  *object // what is mapped at Range.Start, or nil for private anonymous memory
 	offset  int64   // and at which offset, in bytes; 0 without an object
 	private bool    // a store makes a copy of the object's page, which only this mapping shows
+	foreign bool    // not mapped as far as guests are concerned, but others have mapped something there
 
 	// Access and Why follow from these; see settled.
 	access addr.Access // what the mapping allows by itself
@@ -60,7 +61,10 @@ type object struct {
 
 func (x Extent) String() string {
 	s := fmt.Sprintf("%v %v", x.Range, x.Access)
-	if !x.Mapped {
+	switch {
+	case x.foreign:
+		s = fmt.Sprintf("%v not the guest's: others have mapped something there", x.Range)
+	case !x.Mapped:
 		s = fmt.Sprintf("%v not mapped", x.Range)
 	}
 	if x.Why != nil {
@@ -93,7 +97,7 @@ func (x Extent) cut(r addr.HVARange) Extent {
 
 // continues reports whether y goes on where x ends, as one extent.
 func (x Extent) continues(y Extent) bool {
-	return x.Range.End == y.Range.Start && x.Mapped == y.Mapped && x.Access == y.Access && x.Why == y.Why &&
+	return x.Range.End == y.Range.Start && x.Mapped == y.Mapped && x.foreign == y.foreign && x.Access == y.Access && x.Why == y.Why &&
 		x.object == y.object && x.private == y.private && (x.object == nil || x.offset+int64(x.Range.Bytes()) == y.offset) &&
 		x.access == y.access && x.since == y.since && x.ended == y.ended // Why has the guard
 }

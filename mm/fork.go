@@ -44,7 +44,8 @@ type Child struct {
 // Fork takes time by the number of pages that are present, during which the garbage
 // collector cannot begin a cycle. If a userfaultfd that reports forks is registered with
 // the memory, Fork waits until another process has read that: none of this process's
-// goroutines may be the one. It needs /proc and the right to trace the child, without which
+// goroutines may be the one, and with an EventWatch that has forks reported the error is
+// EBUSY. It needs /proc and the right to trace the child, without which
 // the error is EACCES or EPERM, and three descriptors while there is a child. On other
 // architectures than amd64 the error is ENOTSUP.
 //
@@ -70,6 +71,8 @@ func (m *Memory) Fork() (*Child, error) {
 		return nil, &Error{Op: OpFork, Err: os.ErrClosed}
 	case all.Empty():
 		return nil, &Error{Op: OpFork, Err: fmt.Errorf("there is no region to copy: %w", unix.EINVAL)}
+	case m.events != nil && m.events.config.Forks:
+		return nil, &Error{Op: OpFork, Range: all, Err: fmt.Errorf("a watch has forks reported: %w", unix.EBUSY)}
 	}
 
 	var c *Child

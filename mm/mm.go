@@ -49,6 +49,13 @@
 // nothing has changed. Nor do all have huge pages to collapse to, and what is paged out of
 // a file is written to it first.
 //
+// # Changes by others
+//
+// A mapping can be changed by code that knows nothing of this package, and pages by the
+// kernel. Two watches see that, each a part of it, and have subscribers told as of an
+// operation: an [EventWatch] by userfaultfd, and a [TraceWatch] by a tracepoint of KVM.
+// Without them the slots go on showing what was mapped, and nobody knows.
+//
 // # Locks
 //
 // Package internal/lockorder has the order. The extents are protected by the
@@ -178,6 +185,9 @@ type Memory struct {
 	extents  extents
 	history  history
 	brackets []notifier.Invalidation // of the operation in progress; kept to be used again
+	doing    request                 // the operation that is carried out, or was last
+	events   *EventWatch             // that follows changes by others; nil: none
+	traced   *TraceWatch             // the same
 }
 
 // New returns a memory without regions, in an address space of its own. What is
@@ -264,6 +274,11 @@ func (m *Memory) NewRegion(c RegionConfig) (*Region, error) {
 	if r.object != opened {
 		r.object.merge(opened)
 	}
+	if m.events != nil {
+		if err := m.events.register(r.Range); err != nil {
+			return fail(errors.Join(err, r.free()))
+		}
+	}
 	m.regions = append(m.regions, r)
 	m.extents.set(x)
 	return r, nil
@@ -304,8 +319,19 @@ func (x Extent) backed() [2]Extent {
 }
 
 // free gives the region's addresses and its file back.
-func (r *Region) free() error {
-	err := munmap(r.reserved)
+func (r *Region) free() error { return r.freeAround(nil) }
+
+// freeAround is free, but for those addresses that others have mapped something at, which
+// xs says.
+func (r *Region) freeAround(xs extents) (err error) {
+	at := r.reserved.Start
+	for x := range xs.in(r.reserved) {
+		if x.foreign {
+			err = errors.Join(err, munmap(addr.HVARange{Start: at, End: x.Range.Start}))
+			at = x.Range.End
+		}
+	}
+	err = errors.Join(err, munmap(addr.HVARange{Start: at, End: r.reserved.End}))
 	if r.file != nil {
 		err = errors.Join(err, r.file.Close())
 	}
@@ -332,12 +358,25 @@ func (m *Memory) Close() error {
 // teardown gives everything back.
 func (m *Memory) teardown() error {
 	m.as.Lock()
-	defer m.as.Unlock()
 	var errs []error
+	events, traced := m.events, m.traced
+	if traced != nil {
+		errs = append(errs, traced.endLocked())
+	}
+	if events != nil {
+		errs = append(errs, events.endLocked())
+	}
 	for _, r := range m.regions {
-		errs = append(errs, r.free())
+		errs = append(errs, r.freeAround(m.extents))
 	}
 	m.regions, m.extents = nil, nil
+	m.as.Unlock()
+	if traced != nil {
+		traced.wait() // for a goroutine that may want the lock
+	}
+	if events != nil {
+		events.wait()
+	}
 	return errors.Join(errs...)
 }
 
@@ -391,8 +430,8 @@ func (m *Memory) Lookup(ctx context.Context, hva addr.HVA, within addr.HVARange)
 	return run, access, nil
 }
 
-// Changes returns the number of changes carried out so far. It takes no lock: a
-// change may be in flight that is not counted yet.
+// Changes returns the number of changes carried out so far, and of those of others that
+// were followed. It takes no lock: a change may be in flight that is not counted yet.
 func (m *Memory) Changes() uint64 { return m.changes.Load() }
 
 // LastChange returns the newest operation that had to do with the page of hva,

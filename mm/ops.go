@@ -392,6 +392,8 @@ type request struct {
 	op Op
 	r  addr.HVARange
 	to addr.HVA // for OpRemap and OpRemapKeep
+
+	stray bool // others have made it, and it is followed
 }
 
 // operation is one change of mappings, as change carries it out. All functions
@@ -407,7 +409,11 @@ type operation struct {
 func (m *Memory) change(req request, o operation) error {
 	m.as.Lock()
 	defer m.as.Unlock()
-	return m.changeLocked(req, o)
+	err := m.changeLocked(req, o)
+	if m.events != nil {
+		m.events.followLocked() // what others did meanwhile, before anybody looks at the memory
+	}
+	return err
 }
 
 // usable returns the region that r lies in, or why no operation can be carried out there.
@@ -473,6 +479,7 @@ func (m *Memory) changed(req request) Change {
 // has none, the change is made. The caller holds the mapping lock for writing.
 func (m *Memory) carryOut(req request, do func() error) error {
 	id := m.begun(req.op, req.r)
+	m.doing = req
 	m.reports.collect()
 	err := m.bracketed(id, m.brackets, do)
 	made := err == nil
@@ -508,11 +515,26 @@ func (m *Memory) record(kind trace.Kind, id uint64, name string, r addr.HVARange
 	m.log.Record(e)
 }
 
+// call makes the system calls of what m.doing says, and has those who watch for the changes
+// of others know that they are not.
+func (m *Memory) call(do func() error) error {
+	switch req := m.doing; {
+	case req.stray || m.events == nil && m.traced == nil:
+		return do()
+	case m.traced == nil:
+		return m.events.call(req, do)
+	case m.events == nil:
+		return m.traced.call(req, do)
+	default:
+		return m.traced.call(req, func() error { return m.events.call(req, do) })
+	}
+}
+
 // bracketed opens the brackets in their order, calls change, and closes them in
 // the opposite order.
 func (m *Memory) bracketed(id uint64, brackets []notifier.Invalidation, change func() error) error {
 	if len(brackets) == 0 {
-		return change()
+		return m.call(change)
 	}
 	inv := &brackets[0]
 	inv.Op = id

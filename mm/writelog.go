@@ -23,8 +23,9 @@ import (
 // is reported, and nothing has to be followed.
 //
 // Memory that has been logged stays registered until the log is closed. It can then not
-// be collapsed to huge pages, nor merged. Shared memory gets page tables for all of it, 8
-// bytes a page.
+// be collapsed to huge pages. Shared memory gets page tables for all of it, 8
+// bytes a page. Memory of another log, or with an EventWatch, cannot be logged: the error
+// is ErrWatched then.
 type WriteLog struct {
 	fd *uffd.FD
 	pm *pagemap.PageMap
@@ -74,7 +75,7 @@ func (l *WriteLog) Take(r addr.HVARange, fn func(addr.HVARange)) error {
 	// A mapping that has replaced another one is not registered any more. To register
 	// what is costs little.
 	if err := l.fd.Register(r, uffd.ModeWP); err != nil {
-		return err
+		return watched(err)
 	}
 	// With Written as the only category to report, Linux takes a short cut on which pages
 	// that are not there, or in swap, count as written each time.

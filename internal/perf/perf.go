@@ -1,4 +1,4 @@
-// Package perf counts how often tracepoints of the kernel are passed.
+// Package perf counts how often tracepoints of the kernel are passed, and records it.
 package perf
 
 import (
