@@ -487,6 +487,9 @@ func TestForeignMappingSurvives(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	if r.Empty() {
+		return // without a watch, which has said why
+	}
 	if v, err := hostmem.Load64(r.Start); v != 77 || err != nil {
 		t.Errorf("the mapping has %d, %v; want 77", v, err)
 	}
