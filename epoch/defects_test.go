@@ -25,10 +25,10 @@ var harmless = map[vm.DirtySource]map[string]bool{
 func TestDefectsAreFound(t *testing.T) {
 	for _, defect := range Defects() {
 		for _, source := range vm.DirtySources() {
+			if harmless[source][defect] {
+				continue
+			}
 			t.Run(defect+"/"+source.String(), func(t *testing.T) {
-				if harmless[source][defect] {
-					t.Skip("the source makes up for it")
-				}
 				c := stamped(t, vm.Config{Dirty: source}, 1000)
 				c.Defect = defect
 				ctx, cancel := context.WithCancelCause(testContext(t))

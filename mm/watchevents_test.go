@@ -280,7 +280,7 @@ func (tt strayCall) run(t *testing.T, backing Backing) {
 		})
 	}
 	if err := tt.call(t, w, r); errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) {
-		t.Skip(err) // the kernel, or the file system, does not have it
+		gvmtest.Lack(t, gvmtest.Advice, err)
 	} else if err != nil {
 		t.Fatal(err)
 	}
@@ -667,7 +667,7 @@ func TestStrayFork(t *testing.T) {
 	cmd := exec.Command("/proc/self/exe", "-test.run=^$")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER}
 	if err := cmd.Run(); errors.Is(err, unix.EPERM) || errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EINVAL) {
-		t.Skip(err)
+		gvmtest.Lack(t, gvmtest.Root, err)
 	} else if err != nil {
 		t.Fatal(err)
 	}

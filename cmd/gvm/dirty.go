@@ -20,7 +20,6 @@ import (
 	"github.com/secondmmu/gvm/addr"
 	"github.com/secondmmu/gvm/epoch"
 	"github.com/secondmmu/gvm/guests"
-	"github.com/secondmmu/gvm/hostops"
 	"github.com/secondmmu/gvm/mm"
 	"github.com/secondmmu/gvm/shadow"
 	"github.com/secondmmu/gvm/vm"
@@ -148,20 +147,8 @@ func (cfg *dirtyConfig) parse(args []string) (err error) {
 	if c.Seed == 0 {
 		c.Seed = rand.Uint64() | 1
 	}
-	switch cfg.hostOps {
-	case "":
-	case "random":
-		c.Random = true
-	default:
-		text, err := os.ReadFile(cfg.hostOps)
-		if err != nil {
-			return err
-		}
-		if c.Script, err = hostops.Parse(cfg.hostOps, string(text)); err != nil {
-			return err
-		}
-	}
-	return nil
+	c.Script, c.Random, err = readHostOps(cfg.hostOps)
+	return err
 }
 
 // The lines of "gvm dirty --json", by their kinds. An epoch and a result have names in

@@ -133,21 +133,13 @@ func (cfg *traceRunConfig) parse(args []string) (err error) {
 		return err
 	}
 	h := &cfg.header
-	switch h.HostOps {
-	case "":
-		h.Seed = 0
-	case "random":
-		cfg.random = true
-	default:
-		text, err := os.ReadFile(h.HostOps)
-		if err != nil {
-			return err
-		}
-		if cfg.script, err = hostops.Parse(h.HostOps, string(text)); err != nil {
-			return err
-		}
+	if cfg.script, cfg.random, err = readHostOps(h.HostOps); err != nil {
+		return err
 	}
-	if h.HostOps != "" && h.Seed == 0 {
+	switch {
+	case h.HostOps == "":
+		h.Seed = 0
+	case h.Seed == 0:
 		h.Seed = rand.Uint64N(1<<53-1) + 1 // JavaScript's numbers have no more bits
 	}
 	first := guests.RAMBase.GFN()
