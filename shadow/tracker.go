@@ -224,7 +224,8 @@ func (t *Tracker) InvalidateRangeStart(inv *notifier.Invalidation) error {
 	t.traceZap(inv, t.table.begin(inv.Range))
 	t.recordReturns(inv)
 	react := t.reaction(inv)
-	if !react.narrow && !react.hold {
+	narrow := react.narrow && inv.After != addr.ReadWrite // which takes nothing
+	if !narrow && !react.hold {
 		return nil
 	}
 	t.slots.lock()
@@ -232,7 +233,7 @@ func (t *Tracker) InvalidateRangeStart(inv *notifier.Invalidation) error {
 	if react.hold {
 		t.slots.backend.Hold()
 	}
-	if !react.narrow || t.coarse.Load() || t.released {
+	if !narrow || t.coarse.Load() || t.released {
 		return nil
 	}
 	if err := t.fitLocked(t.Slots().windows, t.shows(inv.Range), inv, inv.Op); err != nil {
