@@ -293,32 +293,34 @@ func TestV14NobodySeesAnUpdate(t *testing.T) { runs(t, checkUpdateUnseen) }
 func checkUpdateUnseen(m mutant) error {
 	b := newBed(m, bedPages)
 	var loads []<-chan struct{}
-	errs := make([]error, 8)
-	var applied atomic.Bool
+	var errs []error
+	var last atomic.Bool // the backend has done all steps: what remains is to publish the set
+	var steps int
 	b.backend.fail = func(string, Slot) error {
 		n := len(loads)
-		if n == len(errs) {
-			return nil
-		}
 		loads = append(loads, gvmtest.Background(func() {
 			_, errs[n] = b.table.Load64(gpa(8))
-			if !applied.Load() {
+			if !last.Load() {
 				errs[n] = errors.Join(errs[n], errors.New("a page was used while its slot was changing"))
 			}
 		}))
 		gvmtest.ClosedWithin(loads[n], gvmtest.GraceFor(m))
+		last.Store(len(loads) == steps)
 		return nil
 	}
 	inv := notifier.Invalidation{Range: b.hvas(9, 1), Event: notifier.Unmap} // cuts the slot of page 8, too
 	b.slots.lock()
 	u := derive(b.Slots().slots, b.shows(inv.Range), b.mapped(b.Slots().windows, &inv, false))
+	steps = len(u.deletes) + len(u.changes) + len(u.creates)
+	errs = make([]error, steps)
 	err := b.slots.applyLocked(u, nil, 0)
 	b.slots.unlock()
-	applied.Store(true)
 	for _, l := range loads {
 		<-l
 	}
-	b.backend.fail = nil
+	if b.backend.fail = nil; len(loads) != steps {
+		b.errorf("the backend was asked for %d steps, want %d", len(loads), steps)
+	}
 	b.behind.Store(true) // page 9 has no slot, and is mapped
 	return errors.Join(err, errors.Join(errs...), b.finish())
 }
