@@ -31,7 +31,7 @@ type EventConfig struct {
 	// garbage collector. So would whoever forks by a raw system call of Go.
 	Forks bool
 
-	patience time.Duration // in tests, instead of the constant
+	patience, settle time.Duration // in tests, instead of the constants
 }
 
 // EventWatch follows changes of a Memory's mappings that code makes which does not know
@@ -139,7 +139,7 @@ func (m *Memory) WatchEvents(c EventConfig) (_ *EventWatch, err error) {
 	if c.Report == nil {
 		c.Report = logStray
 	}
-	c.patience = cmp.Or(c.patience, patience)
+	c.patience, c.settle = cmp.Or(c.patience, patience), cmp.Or(c.settle, settleTime)
 	w := &EventWatch{
 		m: m, config: c,
 		done: make(chan struct{}), began: make(chan struct{}, 1), kick: make(chan struct{}, 1), taken: make(chan struct{}, 1),
@@ -546,7 +546,7 @@ func (w *EventWatch) removed(r addr.HVARange, late bool) {
 func (w *EventWatch) settle(r addr.HVARange, shared bool) (dropped bool, err error) {
 	const there = pagemap.Present | pagemap.Swapped
 	var found [1]pagemap.Region
-	for deadline := time.Now().Add(settleTime); ; time.Sleep(settleTime / 100) {
+	for deadline := time.Now().Add(w.config.settle); ; time.Sleep(settleTime / 100) {
 		n, _, err := w.pm.Scan(pagemap.Request{Range: r, Any: there, Report: there}, found[:])
 		if err != nil {
 			return false, err

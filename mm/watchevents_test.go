@@ -91,6 +91,7 @@ func newWatched(t testing.TB, backing Backing, c EventConfig) *bed {
 	if c.Report == nil {
 		c.Report = func(s Stray) { w.strays <- s }
 	}
+	c.settle = 60 * time.Millisecond // the thread that discards may be off its processor
 	var err error
 	if w.events, err = w.WatchEvents(c); errors.Is(err, errors.ErrUnsupported) || errors.Is(err, unix.EPERM) {
 		gvmtest.Lack(t, gvmtest.UFFD, err)
