@@ -106,8 +106,8 @@ type Result struct {
 	Took     time.Duration  `json:"-"`
 }
 
-// spare is how many pages operations may move RAM to.
-const spare = 16
+// Spare is how many bytes of addresses are enough for operations that move RAM.
+const Spare = 16 * addr.PageSize
 
 // errSnapshot is the failure of a snapshot that is made to fail.
 var errSnapshot = errors.New("the snapshot is made to fail")
@@ -197,7 +197,7 @@ func (r *run) open() (err error) {
 	}
 	c.Machine.Touch = vm.Wait
 	if c.Script != nil || c.Random {
-		c.Machine.Spare = spare * addr.PageSize
+		c.Machine.Spare = Spare
 	}
 	onMark := c.Machine.OnMark
 	c.Machine.OnMark = func(vcpu int, mark uint32) error {
@@ -232,18 +232,30 @@ func (r *run) open() (err error) {
 }
 
 func (r *run) openOps() (err error) {
-	c := &r.config
-	if c.Script == nil && !c.Random {
-		return nil
+	if c := &r.config; c.Script != nil || c.Random {
+		r.runner, err = NewRunner(r.m, c.Script, c.Seed, 0)
 	}
-	ops := hostops.Config{Target: Target(r.m), Script: c.Script, Seed: c.Seed}
-	if c.Random {
-		ops.Random = hostops.NewRandom(hostops.RandomConfig{
-			Seed: c.Seed, Pages: c.Machine.RAM >> addr.PageShift, Backing: c.Machine.Backing, Spare: spare, Missing: 3,
-		})
-	}
-	r.runner, err = hostops.NewRunner(ops)
 	return err
+}
+
+// NewRunner returns what carries out operations of the host on a machine: those of a script
+// or, if it is nil, random ones, for all that the machine has. For the seed and the pace see
+// hostops.Config. The error is vm.ErrConfig if the script is about pages that the machine
+// does not have.
+func NewRunner(m *vm.Machine, script *hostops.Script, seed uint64, pace time.Duration) (*hostops.Runner, error) {
+	ops := hostops.Config{Target: Target(m), Script: script, Seed: seed, Pace: pace}
+	if script == nil {
+		random := hostops.RandomConfig{Seed: seed, Pages: m.RAM().Range.NPages(), Backing: m.RAM().Backing, Missing: 3}
+		if m.Spare() != nil {
+			random.Spare = m.Spare().Range.NPages()
+		}
+		ops.Random = hostops.NewRandom(random)
+	}
+	r, err := hostops.NewRunner(ops)
+	if _, ok := errors.AsType[*hostops.SyntaxError](err); ok {
+		err = fmt.Errorf("%w: %w", vm.ErrConfig, err)
+	}
+	return r, err
 }
 
 // Target is the RAM of a machine, as operations of the host see it.

@@ -381,38 +381,6 @@ func TestLazyPause(t *testing.T) {
 	}
 }
 
-// TestLazyStoppedWhileWaiting stops the run while the guest waits for a page, and starts it
-// again: the access is not lost, nor made twice.
-func TestLazyStoppedWhileWaiting(t *testing.T) {
-	m := newMachine(t, Config{Policy: shadow.Lazy, Touch: Wait, Log: trace.NewLog(1000)}, "counter", guests.Args{"pages": 2, "rounds": 100})
-	if err := m.Memory().Unmap(m.hvas(1, 1)); err != nil {
-		t.Fatal(err)
-	}
-	for range 3 {
-		ctx, cancel := context.WithCancel(context.Background())
-		before := touches(m)
-		if err := m.Start(ctx); err != nil {
-			t.Fatal(err)
-		}
-		for touches(m) == before {
-			time.Sleep(100 * time.Microsecond)
-		}
-		cancel()
-		if _, err := m.Wait(); !errors.Is(err, context.Canceled) {
-			t.Fatalf("the stopped run returned %v", err)
-		}
-	}
-	if err := m.Memory().Map(m.hvas(1, 1)); err != nil {
-		t.Fatal(err)
-	}
-	mustRun(t, m)
-	for page := range uint64(2) {
-		if got := m.mustLoad(t, gpaOf(page)); got != 100 {
-			t.Errorf("page %d counts %d, want 100", page, got)
-		}
-	}
-}
-
 // TestLazyReadsDoNotWaitForWrites takes a page away from a guest that loads from it, and
 // gives it back read-only: that is enough, however soon it comes.
 func TestLazyReadsDoNotWaitForWrites(t *testing.T) {

@@ -137,7 +137,7 @@ func (m *Machine) openManual(flags kvm.DirtyLogFlags) (source, error) {
 	if kvm.DirtyLogFlags(has)&flags != flags {
 		return nil, &kvm.UnsupportedError{Cap: kvm.CapManualDirtyLogProtect2}
 	}
-	return &manualLog{vm: m.vm}, m.vm.EnableManualDirtyLogProtect(flags)
+	return &manualLog{bitmapLog{vm: m.vm}}, m.vm.EnableManualDirtyLogProtect(flags)
 }
 
 // bitmapLog is KVM's classic bitmap.
@@ -170,19 +170,12 @@ func scratch(words *[]uint64, npages uint64) []uint64 {
 	return (*words)[:n]
 }
 
-// manualLog is KVM's bitmap with manual protection.
-type manualLog struct {
-	vm     *kvm.VM
-	bitmap []uint64 // between calls it is scratch
-}
+// manualLog is the bitmap with manual protection.
+type manualLog struct{ bitmapLog }
 
 // clearWords is how much of a bitmap is cleared by one request: 64 MiB of memory. KVM
 // holds the lock of its page tables for that long, and vCPUs that fault wait for it.
 const clearWords = 256
-
-func (l *manualLog) slotFlags() kvm.MemFlags { return kvm.MemLogDirtyPages }
-func (l *manualLog) begin(shadow.Slot) error { return nil }
-func (l *manualLog) close() error            { return nil }
 
 // collect reads a bitmap and then clears what it has read. A page whose bit is set in
 // between has been in the bitmap or is not cleared, so no store is between the two.

@@ -532,9 +532,15 @@ func touches(m *Machine) (n int) {
 }
 
 // TestStoppedWhileWaiting stops the run while the guest waits for a page, and
-// starts it again: the access is not lost.
+// starts it again: the access is not lost, nor made twice.
 func TestStoppedWhileWaiting(t *testing.T) {
-	m := newMachine(t, Config{Touch: Wait, Log: trace.NewLog(100)}, "counter", guests.Args{"pages": 2, "rounds": 100})
+	for _, policy := range []shadow.Policy{shadow.Precise, shadow.Lazy} {
+		t.Run(policy.String(), func(t *testing.T) { testStoppedWhileWaiting(t, policy) })
+	}
+}
+
+func testStoppedWhileWaiting(t *testing.T, policy shadow.Policy) {
+	m := newMachine(t, Config{Policy: policy, Touch: Wait, Log: trace.NewLog(1000)}, "counter", guests.Args{"pages": 2, "rounds": 100})
 	if err := m.Memory().Unmap(m.hvas(1, 1)); err != nil {
 		t.Fatal(err)
 	}

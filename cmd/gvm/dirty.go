@@ -194,6 +194,9 @@ func measureDirty(ctx context.Context, cfg *dirtyConfig, stdout, stderr io.Write
 			}
 			continue
 		}
+		if r == nil && errors.Is(err, vm.ErrConfig) {
+			return err
+		}
 		if r == nil {
 			return lack(err)
 		}

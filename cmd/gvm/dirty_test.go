@@ -78,6 +78,22 @@ func TestDirtyJSON(t *testing.T) {
 	}
 }
 
+// TestDirtyScriptPages has a script be about a page that the machine does not have, which is
+// found out when there is a machine.
+func TestDirtyScriptPages(t *testing.T) {
+	gvmtest.Need(t, gvmtest.KVM)
+	script := filepath.Join(t.TempDir(), "ops")
+	if err := os.WriteFile(script, []byte("at 1ms discard 256\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, command := range []string{"dirty --mem 1M", "trace run --mem 1M"} {
+		args := append(strings.Fields(command), "--host-ops", script, "stamp")
+		if r := gvm(t.Context(), "", args...); r.status != statusUsage || !strings.Contains(r.stderr, script+":1:") {
+			t.Errorf("gvm %s: status %d, standard error %q", command, r.status, r.stderr)
+		}
+	}
+}
+
 func TestDirtyUsage(t *testing.T) {
 	script := filepath.Join(t.TempDir(), "ops")
 	if err := os.WriteFile(script, []byte("at 1ms discard 1\nat 1ms discrad 1\n"), 0o600); err != nil {

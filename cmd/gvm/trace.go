@@ -153,13 +153,12 @@ var errTimeout = errors.New("timed out")
 // run boots the guest and records until it ends. It returns the status that the guest
 // exits with; that a timeout ends it is no error.
 func (cfg *traceRunConfig) run(ctx context.Context, stdout, stderr io.Writer) (status int, err error) {
-	const spare = 16 // pages that operations move RAM to
 	log := trace.NewLog(cfg.events)
 	c := cfg.machine
 	c.Log, c.Console = log, stderr
 	var runner *hostops.Runner
 	if cfg.script != nil || cfg.random {
-		c.Spare = spare * addr.PageSize
+		c.Spare = epoch.Spare
 		// The runner is there before the guest runs.
 		c.OnMark = func(_ int, mark uint32) error { runner.Mark(mark); return nil }
 		c.OnTouch = func(_ int, gpa addr.GPA) { runner.Fault(uint64(gpa-guests.RAMBase) >> addr.PageShift) }
@@ -173,16 +172,7 @@ func (cfg *traceRunConfig) run(ctx context.Context, stdout, stderr io.Writer) (s
 		return 0, lack(err)
 	}
 	if c.Spare != 0 {
-		ops := hostops.Config{Target: epoch.Target(m), Script: cfg.script, Seed: cfg.header.Seed, Pace: cfg.pace}
-		if cfg.random {
-			ops.Random = hostops.NewRandom(hostops.RandomConfig{
-				Seed: cfg.header.Seed, Pages: c.RAM >> addr.PageShift, Backing: c.Backing, Spare: spare, Missing: 3,
-			})
-		}
-		if runner, err = hostops.NewRunner(ops); err != nil {
-			if _, ok := errors.AsType[*hostops.SyntaxError](err); ok {
-				err = fmt.Errorf("%w: %w", vm.ErrConfig, err)
-			}
+		if runner, err = epoch.NewRunner(m, cfg.script, cfg.header.Seed, cfg.pace); err != nil {
 			return 0, err
 		}
 	}
