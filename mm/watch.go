@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -116,6 +117,57 @@ func logStray(s Stray) {
 		level = slog.LevelError
 	}
 	slog.Log(context.Background(), level, "guest memory was changed by code that does not know it", "change", s.String())
+}
+
+// Follow returns when every change that the watches can know of, and that others made
+// before the call, has been followed and reported; at once if there is no watch. What is
+// made meanwhile may be among them. It takes the mapping lock for writing, and is not
+// called by a Report.
+func (m *Memory) Follow() {
+	m.as.Lock()
+	events, traced := m.events, m.traced
+	if events != nil {
+		events.followLocked()
+	}
+	if traced != nil {
+		traced.followLocked()
+	}
+	m.as.Unlock()
+	if events != nil {
+		events.reports.tell()
+	}
+	if traced != nil {
+		traced.reports.tell()
+	}
+}
+
+// strays is what a watch has followed, on its way to whoever wants to be told.
+type strays struct {
+	report func(Stray)
+
+	telling sync.Mutex // held while report is called, so that changes are told in order
+	mu      sync.Mutex // protects what follows; a leaf
+	waiting []Stray
+}
+
+// later has s told.
+func (q *strays) later(s Stray) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.waiting = append(q.waiting, s)
+}
+
+// tell returns when all that waited has been told. The caller holds no lock.
+func (q *strays) tell() {
+	q.telling.Lock()
+	defer q.telling.Unlock()
+	q.mu.Lock()
+	told := q.waiting
+	q.waiting = nil
+	q.mu.Unlock()
+	for _, s := range told {
+		q.report(s)
+	}
 }
 
 // shared reports whether the content of x is seen through other mappings too.

@@ -21,8 +21,8 @@ import (
 type EventConfig struct {
 	// Report is called with each change that was followed, in order, by a goroutine of
 	// the watch, or by what ends it, with no lock held. It may carry out operations of the Memory, such as a
-	// Map of what is gone, but must not end the watch or close the Memory, which wait for
-	// it. While it runs, further changes are followed late. nil logs them.
+	// Map of what is gone, but must not call Follow, end the watch or close the Memory, which
+	// wait for it. While it runs, further changes are followed late. nil logs them.
 	Report func(Stray)
 
 	// Forks has forks of the process reported, which changes nothing but the sharing of
@@ -91,9 +91,10 @@ type EventWatch struct {
 	pm     *pagemap.PageMap
 	config EventConfig
 
-	closed atomic.Bool
-	done   chan struct{} // closed when the watch has ended
-	gone   sync.WaitGroup
+	reports strays
+	closed  atomic.Bool
+	done    chan struct{} // closed when the watch has ended
+	gone    sync.WaitGroup
 
 	// Each holds one token at most. A token may be stale; what it is about is under mu.
 	began chan struct{} // for the reader: an operation is in its system call
@@ -111,7 +112,6 @@ type EventWatch struct {
 	told    []addr.HVARange // of a Remove of own, what was told so far
 	ready   chan<- struct{} // the reader waits for it to be closed, which a bracket does; or nil
 	pending []message       // read, and not followed
-	reports []Stray         // followed, and not reported
 }
 
 // message is a message that is not of an operation's.
@@ -141,7 +141,7 @@ func (m *Memory) WatchEvents(c EventConfig) (_ *EventWatch, err error) {
 	}
 	c.patience, c.settle = cmp.Or(c.patience, patience), cmp.Or(c.settle, settleTime)
 	w := &EventWatch{
-		m: m, config: c,
+		m: m, config: c, reports: strays{report: c.Report},
 		done: make(chan struct{}), began: make(chan struct{}, 1), kick: make(chan struct{}, 1), taken: make(chan struct{}, 1),
 	}
 	features := uffd.EventRemove | uffd.EventUnmap | uffd.EventRemap |
@@ -224,7 +224,7 @@ func (w *EventWatch) endLocked() error {
 // wait returns when the watch has ended and what it followed is reported.
 func (w *EventWatch) wait() {
 	w.gone.Wait()
-	w.report()
+	w.reports.tell()
 }
 
 // read is the goroutine that reads messages.
@@ -432,7 +432,7 @@ func (w *EventWatch) follow() {
 			w.followLocked()
 		}
 		w.m.as.Unlock()
-		w.report()
+		w.reports.tell()
 	}
 }
 
@@ -682,20 +682,8 @@ func (w *EventWatch) look(r addr.HVARange) (pieces []piece, err error) {
 	return pieces, nil
 }
 
+// reportLater has s reported by the follower, or whoever comes first.
 func (w *EventWatch) reportLater(s Stray) {
-	w.mu.Lock()
-	w.reports = append(w.reports, s)
-	w.mu.Unlock()
+	w.reports.later(s)
 	w.wake()
-}
-
-// report calls EventConfig.Report. The caller holds no lock.
-func (w *EventWatch) report() {
-	w.mu.Lock()
-	reports := w.reports
-	w.reports = nil
-	w.mu.Unlock()
-	for _, s := range reports {
-		w.config.Report(s)
-	}
 }

@@ -311,6 +311,31 @@ func (tt strayCall) run(t *testing.T, backing Backing) {
 	}
 }
 
+// TestFollow has what was changed before it followed and reported when it returns, whoever
+// does it, and waits for nothing where there is no watch.
+func TestFollow(t *testing.T) {
+	w := newWatched(t, Anonymous, EventConfig{})
+	for i := range uint64(200) {
+		r := part(w.ram, i%shown, 1)
+		if err := rawAdvise(r, unix.MADV_DONTNEED); err != nil {
+			t.Fatal(err)
+		}
+		w.Follow()
+		select {
+		case s := <-w.strays:
+			if s.Range != r {
+				t.Fatalf("reported is %v, want one of %v", s, r)
+			}
+		default:
+			t.Fatalf("the discard of %v is not reported when Follow has returned", r)
+		}
+	}
+	if err := w.events.Close(); err != nil {
+		t.Fatal(err)
+	}
+	w.Follow()
+}
+
 // TestStrayRemoveOfAlias frees shared memory by way of a mapping that no guest has: what
 // shows the same elsewhere has changed.
 func TestStrayRemoveOfAlias(t *testing.T) {

@@ -64,16 +64,14 @@ type TraceWatch struct {
 	end      tracefs.Field // where the range ends, or its length
 	config   TraceConfig
 
-	closed atomic.Bool
-	gone   sync.WaitGroup
+	reports strays
+	closed  atomic.Bool
+	gone    sync.WaitGroup
 
 	// What follows is protected by the mapping lock.
 	ended bool
 	calls calls
 	zaps  []zap // of one reading; kept to be used again
-
-	mu      sync.Mutex // a leaf
-	reports []Stray    // followed, and not reported
 }
 
 // zap is one passing of the tracepoint.
@@ -120,7 +118,7 @@ func (m *Memory) watchTrace(c TraceConfig, source zapSource) (*TraceWatch, error
 	if c.Report == nil {
 		c.Report = logStray
 	}
-	w := &TraceWatch{m: m, source: source, config: c}
+	w := &TraceWatch{m: m, source: source, config: c, reports: strays{report: c.Report}}
 	m.as.Lock()
 	defer m.as.Unlock()
 	if err := w.open(); err != nil {
@@ -186,7 +184,7 @@ func (w *TraceWatch) endLocked() error {
 		return nil
 	}
 	w.ended = true
-	err := w.recorder.Interrupt() // a Wait keeps others from reading
+	err := w.recorder.Interrupt()
 	w.followLocked()
 	w.m.traced = nil
 	return err
@@ -195,7 +193,7 @@ func (w *TraceWatch) endLocked() error {
 // wait returns when the watch has ended and what it followed is reported.
 func (w *TraceWatch) wait() {
 	w.gone.Wait()
-	w.report()
+	w.reports.tell()
 }
 
 // follow is the goroutine that follows what is recorded.
@@ -209,10 +207,10 @@ func (w *TraceWatch) follow() {
 		}
 		if !ended && err != nil {
 			ended = true
-			w.reportLater(Stray{Change: Change{Op: OpStrayGap, Time: time.Now()}, Evidence: Trace, Fate: Unknown, Err: fmt.Errorf("nothing is followed any more: %w", err)})
+			w.reports.later(Stray{Change: Change{Op: OpStrayGap, Time: time.Now()}, Evidence: Trace, Fate: Unknown, Err: fmt.Errorf("nothing is followed any more: %w", err)})
 		}
 		w.m.as.Unlock()
-		w.report()
+		w.reports.tell()
 		if ended {
 			break
 		}
@@ -279,7 +277,7 @@ func (w *TraceWatch) zapped(r addr.HVARange) {
 			return // a reservation that was there before
 		}
 		s := Stray{Change: Change{Op: OpStrayZap, Range: p.r}, Evidence: Trace, Fate: p.fate, Late: true, Err: p.err}
-		w.reportLater(w.m.lose(s))
+		w.reports.later(w.m.lose(s))
 	})
 }
 
@@ -289,14 +287,14 @@ func (w *TraceWatch) stays(r addr.HVARange, content func(Extent) notifier.Conten
 		return
 	}
 	s := Stray{Change: Change{Op: OpStrayZap, Range: r}, Evidence: Trace, Fate: Stays, Late: true}
-	w.reportLater(w.m.made(s, []notifier.Invalidation{w.m.cleared(r, content)}, nil))
+	w.reports.later(w.m.made(s, []notifier.Invalidation{w.m.cleared(r, content)}, nil))
 }
 
 // gap has all content taken to be changed, and where nothing is mapped, slots cut.
 func (w *TraceWatch) gap(err error) {
 	for _, region := range w.m.regions {
 		s := Stray{Change: Change{Op: OpStrayGap, Range: region.Range}, Evidence: Trace, Fate: Stays, Late: true, Err: err}
-		w.reportLater(w.m.made(s, []notifier.Invalidation{w.m.cleared(region.Range, uncertain)}, nil))
+		w.reports.later(w.m.made(s, []notifier.Invalidation{w.m.cleared(region.Range, uncertain)}, nil))
 		if !occupied(region.Range) {
 			w.zapped(region.Range)
 		}
@@ -411,21 +409,4 @@ func (c *calls) explain(z zap) bool {
 		}
 	}
 	return false
-}
-
-func (w *TraceWatch) reportLater(s Stray) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.reports = append(w.reports, s)
-}
-
-// report calls TraceConfig.Report. The caller holds no lock.
-func (w *TraceWatch) report() {
-	w.mu.Lock()
-	reports := w.reports
-	w.reports = nil
-	w.mu.Unlock()
-	for _, s := range reports {
-		w.config.Report(s)
-	}
 }

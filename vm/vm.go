@@ -91,6 +91,16 @@ type Config struct {
 	// KVM has.
 	MaxSlots int
 
+	// Watch has changes of the mappings followed that code makes which does not know the
+	// machine: see [mm.EventWatch] and [mm.TraceWatch]. WatchEvents does not go with the
+	// dirty source WriteProtect, nor does WatchTrace, which would take every page that is
+	// protected for one that was changed.
+	Watch Watch
+
+	// OnStray is told of each of those changes, as mm.EventConfig.Report is: by each of the
+	// two one at a time. nil: they are logged.
+	OnStray func(mm.Stray)
+
 	Dirty       DirtySource // who tells what the guest writes, while LogDirty is on
 	RingEntries uint32      // of each vCPU's ring, with Ring: a power of two, 256 to 65536 on most hosts; 0: 4096
 
@@ -131,6 +141,7 @@ type Machine struct {
 	devices devices
 	source  source
 	idle    idle
+	watches []io.Closer
 	rings   *rings // source, if that is Ring; otherwise nil
 
 	mu     sync.Mutex         // protects what follows
@@ -200,6 +211,9 @@ func New(c Config) (_ *Machine, err error) {
 	if err := m.addMemory(); err != nil {
 		return nil, err
 	}
+	if err := m.watch(); err != nil {
+		return nil, err
+	}
 	cpuid, err := sys.SupportedCPUID()
 	if err != nil {
 		return nil, err
@@ -261,6 +275,10 @@ func (c *Config) check() error {
 		return invalid("%d memory slots at most: it takes %d", c.MaxSlots, minSlots)
 	case int(c.Dirty) >= len(sources):
 		return invalid("there is no %v", c.Dirty)
+	case c.Watch&^(WatchEvents|WatchTrace) != 0:
+		return invalid("there is no %v", c.Watch)
+	case c.Watch != 0 && c.Dirty == WriteProtect:
+		return invalid("the memory cannot be watched, by %v, while its pages are write-protected for the dirty source %v", c.Watch, c.Dirty)
 	case c.Dirty != Ring && c.RingEntries != 0:
 		return invalid("%d entries of a ring, and the dirty source is %v", c.RingEntries, c.Dirty)
 	case c.RingEntries&(c.RingEntries-1) != 0:
@@ -335,6 +353,9 @@ func (m *Machine) free() error {
 	var errs []error
 	for _, v := range m.vcpus {
 		errs = append(errs, v.cpu.Close())
+	}
+	for _, w := range m.watches {
+		errs = append(errs, w.Close())
 	}
 	if m.memory != nil {
 		errs = append(errs, m.memory.Close())

@@ -973,6 +973,8 @@ func TestConfigErrors(t *testing.T) {
 		"too many vCPUs":         {Config{RAM: 4096, VCPUs: 1000}, ErrConfig, "not in 1 to"},
 		"unaligned spare":        {Config{RAM: 4096, Spare: 1}, ErrConfig, "spare"},
 		"unknown backing":        {Config{RAM: 4096, Backing: 9}, ErrConfig, "backing(9)"},
+		"unknown watch":          {Config{RAM: 4096, Watch: 9}, ErrConfig, "watch(0x8)"},
+		"watch and wp":           {Config{RAM: 4096, Watch: WatchTrace, Dirty: WriteProtect}, ErrConfig, "write-protected"},
 		"unknown touch":          {Config{RAM: 4096, Touch: 9}, ErrConfig, "touch(9)"},
 		"more than the host has": {Config{RAM: hostMemory(t) + addr.PageSize}, unix.ENOMEM, "memory and swap of this host"},
 	} {

@@ -105,6 +105,24 @@ func strayUnmap(t *testing.T, r addr.HVARange) {
 	}
 }
 
+// TestWatchOfConfig has a machine watch its memory from the beginning to its end.
+func TestWatchOfConfig(t *testing.T) {
+	gvmtest.Need(t, gvmtest.UFFD)
+	gvmtest.Need(t, gvmtest.Tracepoints)
+	var told []mm.Stray
+	m := newMachine(t, Config{Watch: WatchEvents | WatchTrace, OnStray: func(s mm.Stray) { told = append(told, s) }}, "probe", nil)
+	strayAdvise(t, m.hvas(3, 1), unix.MADV_DONTNEED)
+	m.Memory().Follow()
+	if len(told) != 1 || told[0].Op != mm.OpStrayRemove || told[0].Range != m.hvas(3, 1) {
+		t.Errorf("told is %v, want one discard", told)
+	}
+	for range 2 {
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestStrayDiscardUnderGuest discards a page behind the back of the machine: the guest
 // reads zero, and the next harvest has the page, which KVM's log has not.
 func TestStrayDiscardUnderGuest(t *testing.T) {

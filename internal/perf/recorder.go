@@ -13,13 +13,13 @@ import (
 // Recorder records the passes of one tracepoint by all threads of the machine, in a ring
 // of each CPU.
 //
-// Wait and Read are called by one goroutine at a time; Close may be called by another.
+// Read is called by one goroutine at a time. Others may be in Wait, or call Close.
 type Recorder struct {
 	rings []*ring
 	wake  int // an eventfd that ends Wait
 
 	closed atomic.Bool
-	mu     sync.Mutex // held by Wait and Read: Close waits for their end
+	mu     sync.RWMutex // read-held by Wait and Read: Close waits for their end
 }
 
 // ring is that of one CPU.
@@ -107,8 +107,8 @@ func (r *Recorder) add(id uint64, cpu int, filter string, pages int) (err error)
 // Wait blocks until there is a record that may be new, or r was interrupted. The error is
 // os.ErrClosed once r is closed.
 func (r *Recorder) Wait() error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	r.mu.RLock()
+	defer r.mu.RUnlock()
 	fds := []unix.PollFd{{Fd: int32(r.wake), Events: unix.POLLIN}}
 	for _, g := range r.rings {
 		fds = append(fds, unix.PollFd{Fd: int32(g.fd), Events: unix.POLLIN})
@@ -138,8 +138,8 @@ func (r *Recorder) Interrupt() error {
 // room back. It does not block. The error is os.ErrClosed, or that of Decode, after which
 // the rest of that ring was dropped.
 func (r *Recorder) Read(fn func(Record)) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	r.mu.RLock()
+	defer r.mu.RUnlock()
 	if r.closed.Load() {
 		return os.ErrClosed
 	}
