@@ -2,13 +2,15 @@
 
 package shadow
 
-// SetDefect switches one of the defects on that lose dirty pages, to show that who looks
-// for lost pages finds some. It reports whether there is one of that name.
+// SetDefect switches on a defect that loses dirty pages, or coherence, to show that who
+// looks for that finds it. It reports whether there is one of that name.
 func (t *Tracker) SetDefect(name string) bool {
 	defect, ok := map[string]mutant{
 		"harvest-after-deletion": collectAfterwards,
 		"no-mark-on-discard":     contentUnrecorded,
 		"no-mark-on-vmm-writes":  storesUnlogged,
+		"no-zap-of-alias":        firstSlotOnly,
+		"stale-slot":             slotStays,
 	}[name]
 	if ok {
 		t.slots.mutant = defect

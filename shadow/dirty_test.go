@@ -191,6 +191,46 @@ func checkSlotLogs(m mutant) error {
 	return b.finish()
 }
 
+// TestGuestWritesAliases: a page that the guest has written at one frame is reported at all
+// that show it, also when the slots go before the harvest.
+func TestGuestWritesAliases(t *testing.T) { runs(t, checkGuestAliases) }
+
+func checkGuestAliases(m mutant) error {
+	b := newLogBed(m)
+	dirties := func(what string, want ...addr.GFN) {
+		h, err := b.Harvest(context.Background())
+		if err != nil {
+			b.errorf("%w", err)
+			return
+		}
+		if got := slices.Collect(ofSet(h.Dirty())); !slices.Equal(got, want) {
+			b.errorf("%s: dirty are %v, want %v", what, got, want)
+		}
+		if err := h.Commit(); err != nil {
+			b.errorf("%w", err)
+		}
+	}
+	b.guestStores(2, 1)
+	b.guestStores(9, 1)
+	dirties("a store to a page with an alias, and one to another", ramGFN+2, ramGFN+9, aliasGFN+2)
+	b.guestStores(2, 2)
+	b.change(2, notifier.Protect, notifier.Kept, addr.Read, 0)
+	dirties("the slots are cut", ramGFN+2, aliasGFN+2)
+	return b.finish()
+}
+
+// TestNoSlotShowsAHole: what is unmapped is in no slot.
+func TestNoSlotShowsAHole(t *testing.T) { runs(t, checkHole) }
+
+func checkHole(m mutant) error {
+	b := newLogBed(m)
+	b.change(9, notifier.Unmap, notifier.Gone, addr.NoAccess, 0)
+	if s, ok := b.Slots().Lookup(ramGFN + 9); ok {
+		b.errorf("page 9 is unmapped, and in %v", s)
+	}
+	return b.finish()
+}
+
 // TestContentIsRecorded: what a change of the mapping does to content is reported,
 // whether somebody writes or not.
 func TestContentIsRecorded(t *testing.T) { runs(t, checkContent) }

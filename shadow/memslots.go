@@ -274,7 +274,30 @@ func (m *Memslots) collectLocked(slots []Slot) {
 			set.AddRange(s.GFNs())
 		}
 	}
+	m.addAliases(logged, &set)
 	m.table.log.Merge(&set)
+}
+
+// addAliases adds to written, which a backend has told of some slots, the other frames that
+// show the same pages: a log is one of frames, and a page is written at one of them.
+func (m *Memslots) addAliases(slots []Slot, written *dirty.Set) {
+	set := m.Slots()
+	var others []addr.GFNRange
+	for _, s := range slots {
+		if m.mutant == aliasUnlogged || !isAliased(set, s.HVAs()) {
+			continue
+		}
+		for r := range written.RunsIn(s.GFNs()) {
+			hvas := addr.HVAs(s.hva(r.Start), r.NPages()<<addr.PageShift)
+			for o := range set.InHVAs(hvas) {
+				both := o.HVAs().Intersect(hvas)
+				others = append(others, frames(o.gfn(both.Start), both.NPages()))
+			}
+		}
+	}
+	for _, r := range others {
+		written.AddRange(r)
+	}
 }
 
 // beginUpdate takes away the translations that will not be backed as they are.

@@ -37,6 +37,7 @@ const (
 	coarseForGood            // slots that are coarse stay so
 	fineAtOnce               // they are precise again as soon as there are numbers enough
 	piecesStand              // what would be precise is not followed while they are coarse
+	slotStays                // a slot goes on showing what was unmapped
 	endUntold                // the end of a bracket is not told to who waits for memory
 	numbersLeak              // slot numbers are not given out again
 	endLooksAgain            // VM5: the end of a bracket goes by the slots there are then

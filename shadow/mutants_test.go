@@ -26,6 +26,7 @@ var mutants = []gvmtest.Mutant[mutant]{
 	{ID: "VM10", Defect: firstSlotOnly, What: "only the first slot is aged", By: "V9 aliases", Check: checkAliases},
 	{ID: "V10", Defect: storesUnlogged, What: "stores are not logged", By: "V9 aliases", Check: checkAliases},
 	{ID: "VM10", Defect: aliasUnlogged, What: "only one frame of a page is logged", By: "V9 aliases", Check: checkAliases},
+	{ID: "VM10", Defect: aliasUnlogged, What: "what the guest writes is reported at one frame", By: "the guest's aliases", Check: checkGuestAliases},
 	{ID: "VM11", Defect: zapRoundsDown, What: "the end is rounded down", By: "V8 two slots hit", Check: checkWholeRange},
 	{ID: "VM12-15", NA: "they are of KVM's bitmap: package kvm; the log of this package has its own table, in package dirty"},
 	{ID: "VM16-18", NA: "they are of KVM's dirty ring: package kvm"},
@@ -49,6 +50,7 @@ var mutants = []gvmtest.Mutant[mutant]{
 	{ID: "", Defect: piecesStand, What: "what would be precise is not followed", By: "the limit", Check: checkLimit},
 	{ID: "", Defect: collectAfterwards, What: "a log is read when the slots are coarse", By: "the limit", Check: checkLimitLogs},
 	{ID: "", Defect: endUntold, What: "the end of a bracket wakes nobody", By: "ends are told", Check: checkEnds},
+	{ID: "", Defect: slotStays, What: "a slot shows what was unmapped", By: "no slot shows a hole", Check: checkHole},
 	{ID: "", Defect: numbersLeak, What: "slot numbers are not recycled", By: "numbers are recycled", Check: checkNumbers},
 }
 

@@ -233,7 +233,7 @@ func (t *Tracker) InvalidateRangeStart(inv *notifier.Invalidation) error {
 	if react.hold {
 		t.slots.backend.Hold()
 	}
-	if !narrow || t.coarse.Load() || t.released {
+	if !narrow || t.coarse.Load() || t.released || t.forgets(inv) {
 		return nil
 	}
 	if err := t.fitLocked(t.Slots().windows, t.shows(inv.Range), inv, inv.Op); err != nil {
@@ -241,6 +241,11 @@ func (t *Tracker) InvalidateRangeStart(inv *notifier.Invalidation) error {
 		return fmt.Errorf("make the memory slots follow: %w", err)
 	}
 	return nil
+}
+
+// forgets is the defect slotStays.
+func (t *Tracker) forgets(inv *notifier.Invalidation) bool {
+	return t.slots.mutant == slotStays && inv.Event == notifier.Unmap && inv.After == addr.NoAccess
 }
 
 // reaction returns what policy has for an event.
@@ -288,7 +293,7 @@ func (t *Tracker) InvalidateRangeEnd(inv *notifier.Invalidation) {
 	if react.hold {
 		defer t.slots.backend.Release()
 	}
-	if t.released || !react.settle && !t.behind.Load() {
+	if t.released || !react.settle && !t.behind.Load() || t.forgets(inv) {
 		return
 	}
 	fit := t.shows(inv.Range)
