@@ -72,8 +72,14 @@ func (l *WriteLog) Begin(r addr.HVARange) error {
 // Guests go on while it runs, and fault at the next store to each page. What it has
 // called fn for when it fails will not be told again.
 func (l *WriteLog) Take(r addr.HVARange, fn func(addr.HVARange)) error {
-	// A mapping that has replaced another one is not registered any more. To register
-	// what is costs little.
+	// A mapping that has replaced another one is not registered any more, nor, since Linux
+	// 6.17, is one that a remapped page has become a part of. Its pages may be marked as not
+	// written, and were not kept so. To look for those, and to register what is, costs
+	// little.
+	const present = pagemap.Present | pagemap.Swapped
+	if err := l.scan(pagemap.Request{Range: r, All: pagemap.WPAllowed, Inverted: pagemap.WPAllowed, Any: present, Report: present}, fn); err != nil {
+		return err
+	}
 	if err := l.fd.Register(r, uffd.ModeWP); err != nil {
 		return watched(err)
 	}
