@@ -73,6 +73,17 @@ func (x Extent) String() string {
 	return s
 }
 
+// Foreign reports whether others have mapped something at an extent that is not Mapped: see
+// EventWatch.
+func (x Extent) Foreign() bool { return x.foreign }
+
+// Shared reports whether the content of x is seen through other mappings too, as that of
+// a file that is not mapped privately.
+func (x Extent) Shared() bool { return x.object != nil && !x.private }
+
+// Anonymous reports whether x is mapped, and private anonymous memory.
+func (x Extent) Anonymous() bool { return x.Mapped && x.object == nil }
+
 // settled returns x with the Access and Why that its mapping, guards and the end of
 // its file leave it, of which the kernel asks in the opposite order.
 func (x Extent) settled() Extent {

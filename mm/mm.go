@@ -186,6 +186,7 @@ type Memory struct {
 	history  history
 	brackets []notifier.Invalidation // of the operation in progress; kept to be used again
 	doing    request                 // the operation that is carried out, or was last
+	followed uint64                  // the number in the trace that what follows a change by others has; 0: each its own
 	events   *EventWatch             // that follows changes by others; nil: none
 	traced   *TraceWatch             // the same
 }

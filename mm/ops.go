@@ -393,7 +393,8 @@ type request struct {
 	r  addr.HVARange
 	to addr.HVA // for OpRemap and OpRemapKeep
 
-	stray bool // others have made it, and it is followed
+	stray bool   // others have made it, and it is followed
+	id    uint64 // its number in the trace, once it has begun
 }
 
 // operation is one change of mappings, as change carries it out. All functions
@@ -409,6 +410,9 @@ type operation struct {
 func (m *Memory) change(req request, o operation) error {
 	m.as.Lock()
 	defer m.as.Unlock()
+	if m.events != nil {
+		m.events.followLocked() // what others did before, where the pages are before they move
+	}
 	err := m.changeLocked(req, o)
 	if m.events != nil {
 		m.events.followLocked() // what others did meanwhile, before anybody looks at the memory
@@ -478,18 +482,22 @@ func (m *Memory) changed(req request) Change {
 // carryOut calls do inside of m.brackets, and returns the error of the operation. If do
 // has none, the change is made. The caller holds the mapping lock for writing.
 func (m *Memory) carryOut(req request, do func() error) error {
-	id := m.begun(req.op, req.r)
+	req.id = m.begun(req.op, req.r)
 	m.doing = req
 	m.reports.collect()
-	err := m.bracketed(id, m.brackets, do)
+	err := m.bracketed(req.id, m.brackets, do)
 	made := err == nil
 	err = errors.Join(err, m.reports.collected())
-	return m.ended(id, req.op, req.r, made, err)
+	return m.ended(req.id, req.op, req.r, made, err)
 }
 
-// begun records the begin of an operation in the trace, and returns its number there.
+// begun records the begin of an operation in the trace, and returns its number there. The
+// caller holds the mapping lock.
 func (m *Memory) begun(op Op, r addr.HVARange) uint64 {
-	id := m.log.NewOp()
+	id := m.followed
+	if id == 0 {
+		id = m.log.NewOp()
+	}
 	m.record(trace.HostOp, id, string(op), r, nil)
 	return id
 }

@@ -128,6 +128,7 @@ func (m *Memory) Follow() {
 	events, traced := m.events, m.traced
 	if events != nil {
 		events.followLocked()
+		events.again(true)
 	}
 	if traced != nil {
 		traced.followLocked()
@@ -170,9 +171,6 @@ func (q *strays) tell() {
 	}
 }
 
-// shared reports whether the content of x is seen through other mappings too.
-func (x Extent) shared() bool { return x.object != nil && !x.private }
-
 // parts returns the parts of r that lie in regions.
 func (m *Memory) parts(r addr.HVARange) (parts []addr.HVARange) {
 	for _, region := range m.regions {
@@ -198,9 +196,6 @@ func (m *Memory) span() (all addr.HVARange) {
 // returns s with what came of it. becomes returns what is mapped now; nil: what was. The
 // caller holds the mapping lock for writing.
 func (m *Memory) made(s Stray, brackets []notifier.Invalidation, becomes func(*Change) []Extent) Stray {
-	if len(brackets) > 0 {
-		s.Content = brackets[0].Content
-	}
 	m.brackets = append(m.brackets[:0], brackets...)
 	req := request{op: s.Op, r: s.Range, to: s.To, stray: true}
 	err := m.carryOut(req, func() error {
@@ -213,6 +208,9 @@ func (m *Memory) made(s Stray, brackets []notifier.Invalidation, becomes func(*C
 		}
 		return nil
 	})
+	if len(brackets) > 0 {
+		s.Content = m.brackets[0].Content
+	}
 	s.Err = errors.Join(s.Err, err)
 	if m.traced != nil && s.Evidence == Event {
 		m.traced.followed(s)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"github.com/secondmmu/gvm/internal/pagemap"
 	"github.com/secondmmu/gvm/internal/uffd"
 	"github.com/secondmmu/gvm/notifier"
+	"github.com/secondmmu/gvm/trace"
 )
 
 // EventConfig says what an [EventWatch] does.
@@ -31,7 +33,7 @@ type EventConfig struct {
 	// garbage collector. So would whoever forks by a raw system call of Go.
 	Forks bool
 
-	patience, settle time.Duration // in tests, instead of the constants
+	patience, settle, late time.Duration // in tests, instead of the constants
 }
 
 // EventWatch follows changes of a Memory's mappings that code makes which does not know
@@ -64,8 +66,14 @@ type EventConfig struct {
 //
 // Content is taken to be changed, with two exceptions. What was unmapped is gone. And
 // private anonymous memory of which no page is present nor in swap after a discard is
-// zero. A discard is waited for, a few milliseconds, since nothing tells when it is done;
-// where pages stay, it was MADV_FREE, or it failed.
+// zero.
+//
+// Nothing tells when a discard is done, as its thread goes on when the message has been
+// read, and may have lost its processor. So it is waited for, a few milliseconds. If its
+// pages have not been seen to go by then, because they stay (it was MADV_FREE, or it
+// failed), or were not there before, the range counts as changed for a second more: at its
+// end once, without another report, and whenever Follow is called. A thread that has not
+// got on by then is the one thing that is not followed.
 //
 // Where nothing is mapped any more, a reservation is put, unless something takes the place
 // first, and the slots of a guest are cut. Where others have mapped something, the slots
@@ -102,30 +110,65 @@ type EventWatch struct {
 	taken chan struct{} // for the follower: the messages that the bracket was opened for were read
 
 	// What follows is protected by the mapping lock.
-	ended    bool
-	covering []notifier.Invalidation // that fits all; kept to be used again
+	ended     bool
+	covering  []notifier.Invalidation // that fits all; kept to be used again
+	unsettled []unsettled             // apart from each other
 
 	// mu is a leaf, held across reads of fd, which do not block: a message is read and
 	// told apart in one step, as the operation that it belongs to may be done in the next.
 	mu      sync.Mutex
 	own     [3]uffd.Message // what the operation in its system call causes; nothing if it is zero
+	ownID   uint64          // the number of that operation in the trace
 	told    []addr.HVARange // of a Remove of own, what was told so far
 	ready   chan<- struct{} // the reader waits for it to be closed, which a bracket does; or nil
 	pending []message       // read, and not followed
+	moving  moving          // what the operation in its system call moves
+	mutant  eventMutant
+	read    int // messages, for mutant
+}
+
+// eventMutant is a defect of an EventWatch, to see that it is noticed.
+type eventMutant uint8
+
+const (
+	soundEvents  eventMutant = iota
+	eventDropped             // some messages are not followed
+	eventTwice               // some messages of operations are followed, too
+)
+
+// mutantEvery is how many messages there are to each that a mutant is about.
+const mutantEvery = 4
+
+// moving is pages that an operation moves, or nothing.
+type moving struct {
+	from addr.HVARange
+	to   addr.HVA
+}
+
+// unsettled is a range of which pages may go until then, without a message.
+type unsettled struct {
+	r     addr.HVARange
+	until time.Time
 }
 
 // message is a message that is not of an operation's.
 type message struct {
 	uffd.Message
-	late bool // it was read without a bracket
+	late   bool   // it was read without a bracket
+	moving        // what an operation was moving meanwhile
+	op     uint64 // the number in the trace of what follows it
 }
 
 // patience is how long a thread that changes mappings is kept waiting for a bracket which
 // may be waiting for it. Brackets take less by orders of magnitude.
 const patience = 100 * time.Millisecond
 
-// settleTime is how long the pages of a discard are given to go.
-const settleTime = 5 * time.Millisecond
+// settleTime is how long the pages of a discard are waited for, with the mapping lock held;
+// and lateTime how long they are given to go.
+const (
+	settleTime = 5 * time.Millisecond
+	lateTime   = time.Second
+)
 
 // WatchEvents has the changes that others make to the mappings of the memory followed, of
 // all regions and of those that are made later, until Close or the end of the memory. There
@@ -139,7 +182,7 @@ func (m *Memory) WatchEvents(c EventConfig) (_ *EventWatch, err error) {
 	if c.Report == nil {
 		c.Report = logStray
 	}
-	c.patience, c.settle = cmp.Or(c.patience, patience), cmp.Or(c.settle, settleTime)
+	c.patience, c.settle, c.late = cmp.Or(c.patience, patience), cmp.Or(c.settle, settleTime), cmp.Or(c.late, lateTime)
 	w := &EventWatch{
 		m: m, config: c, reports: strays{report: c.Report},
 		done: make(chan struct{}), began: make(chan struct{}, 1), kick: make(chan struct{}, 1), taken: make(chan struct{}, 1),
@@ -181,7 +224,7 @@ func (w *EventWatch) begin() error {
 		}
 	}
 	m.events = w
-	w.gone.Go(w.read)
+	w.gone.Go(w.reader)
 	w.gone.Go(w.follow)
 	return nil
 }
@@ -216,6 +259,7 @@ func (w *EventWatch) endLocked() error {
 		err = nil // the reader has failed, and said so
 	}
 	w.followLocked()
+	w.again(true)
 	w.m.events = nil
 	close(w.done)
 	return errors.Join(err, w.pm.Close())
@@ -227,8 +271,8 @@ func (w *EventWatch) wait() {
 	w.reports.tell()
 }
 
-// read is the goroutine that reads messages.
-func (w *EventWatch) read() {
+// reader is the goroutine that reads messages.
+func (w *EventWatch) reader() {
 	var err error
 	for err == nil {
 		if err = w.fd.Wait(); err != nil {
@@ -326,9 +370,17 @@ func (w *EventWatch) take(why reason) (some bool, err error) {
 			n, err = w.fd.Read(read[:])
 		}
 		for _, msg := range read[:n] {
-			if !w.ownLocked(msg) {
-				w.pending = append(w.pending, message{msg, why != covered})
+			op := w.ownID
+			own := w.ownLocked(msg)
+			if w.mutant != soundEvents {
+				w.read++
+				own = own != (w.read%mutantEvery == 0 && own == (w.mutant == eventTwice))
 			}
+			if !own {
+				op = w.m.log.NewOp()
+				w.pending = append(w.pending, message{msg, why != covered, w.moving, op})
+			}
+			w.m.log.Record(trace.Event{Kind: trace.Kernel, Op: op, Name: eventName(msg.Kind), HVA: msg.Range})
 		}
 		some = len(w.pending) > 0
 		w.mu.Unlock()
@@ -367,6 +419,21 @@ func (w *EventWatch) ownLocked(msg uffd.Message) bool {
 	return false
 }
 
+// eventName is what a message is called in the trace.
+func eventName(k uffd.Kind) string {
+	switch k {
+	case uffd.Remove:
+		return "uffd-remove"
+	case uffd.Unmap:
+		return "uffd-unmap"
+	case uffd.Remap:
+		return "uffd-remap"
+	case uffd.Fork:
+		return "uffd-fork"
+	}
+	return "uffd-" + k.String()
+}
+
 // told is the kind of a message of an operation that has been read.
 const told uffd.Kind = 0xff
 
@@ -395,7 +462,10 @@ func (w *EventWatch) call(req request, do func() error) error {
 		return do()
 	}
 	w.mu.Lock()
-	w.own, w.told = own, w.told[:0]
+	w.own, w.ownID, w.told = own, req.id, w.told[:0]
+	if own[0].Kind == uffd.Remap {
+		w.moving = moving{req.r, req.to}
+	}
 	w.mu.Unlock()
 	select {
 	case w.began <- struct{}{}:
@@ -403,7 +473,7 @@ func (w *EventWatch) call(req request, do func() error) error {
 	}
 	err := do()
 	w.mu.Lock()
-	w.own = [3]uffd.Message{}
+	w.own, w.moving = [3]uffd.Message{}, moving{}
 	w.mu.Unlock()
 	// What has been mapped is not registered. This comes before anybody looks for what
 	// others have mapped.
@@ -479,6 +549,7 @@ func (w *EventWatch) awaited() bool {
 
 // followLocked follows what was read. The caller holds the mapping lock for writing.
 func (w *EventWatch) followLocked() {
+	w.again(false)
 	for {
 		w.mu.Lock()
 		pending := w.pending
@@ -488,8 +559,10 @@ func (w *EventWatch) followLocked() {
 			return
 		}
 		for _, msg := range pending {
+			w.m.followed = msg.op
 			w.followOne(msg)
 		}
+		w.m.followed = 0
 	}
 }
 
@@ -497,7 +570,7 @@ func (w *EventWatch) followOne(msg message) {
 	switch msg.Kind {
 	case uffd.Remove:
 		for _, r := range w.m.parts(msg.Range) {
-			w.removed(r, msg.late)
+			w.removed(r, msg)
 		}
 	case uffd.Unmap:
 		w.takenAway(OpStrayUnmap, msg.Range, 0, msg.late)
@@ -517,50 +590,113 @@ func (w *EventWatch) made(s Stray, brackets []notifier.Invalidation, becomes fun
 }
 
 // removed follows a discard of r, which lies in a region.
-func (w *EventWatch) removed(r addr.HVARange, late bool) {
+func (w *EventWatch) removed(r addr.HVARange, msg message) {
 	m := w.m
-	shared := false
+	shared, anonymous := false, true
 	for x := range m.extents.in(r) {
-		shared = shared || x.shared()
+		shared, anonymous = shared || x.Shared(), anonymous && x.object == nil
 	}
-	dropped, err := w.settle(r, shared)
-	inv := m.cleared(r, func(x Extent) notifier.Content {
-		if dropped && x.object == nil {
-			return notifier.Zeroed
+	sure, err := w.settle(r, shared, msg.late)
+	s := Stray{Change: Change{Op: OpStrayRemove, Range: r}, Fate: Stays, Late: msg.late, Err: err}
+	w.made(s, w.changed(r), func(*Change) []Extent {
+		// In the bracket nobody stores by the table. What a guest stores comes to the dirty
+		// log after this.
+		if some, err := w.there(r, shared); anonymous && !some && err == nil {
+			m.brackets[0].Content = notifier.Zeroed
 		}
-		return notifier.Changed
+		return nil
 	})
-	brackets := []notifier.Invalidation{inv}
-	if shared { // it may have been the memory that was freed, and not only its mapping
-		for y := range m.aliases(r) {
-			if y.shared() {
-				brackets = append(brackets, m.cleared(y.Range, uncertain))
-			}
+	if !sure {
+		w.later(r)
+	}
+	// The pages may have been discarded where they are, or where they were.
+	if both := msg.from.Intersect(r); !both.Empty() {
+		for _, part := range m.parts(addr.HVAs(msg.to+(both.Start-msg.from.Start), both.Bytes())) {
+			w.once(part)
+			w.later(part)
 		}
 	}
-	w.made(Stray{Change: Change{Op: OpStrayRemove, Range: r}, Fate: Stays, Late: late, Err: err}, brackets, nil)
 }
 
-// settle waits until no page of r is there, but not for long, and reports whether that has
-// come. Of shared memory the pages themselves are meant.
-func (w *EventWatch) settle(r addr.HVARange, shared bool) (dropped bool, err error) {
+// changed returns the brackets in which r, and what shows the same memory, has changed.
+func (w *EventWatch) changed(r addr.HVARange) []notifier.Invalidation {
+	m := w.m
+	brackets := []notifier.Invalidation{m.cleared(r, uncertain)}
+	for y := range m.aliases(r) { // it may have been the memory that was freed, and not only its mapping
+		if y.Shared() {
+			brackets = append(brackets, m.cleared(y.Range, uncertain))
+		}
+	}
+	return brackets
+}
+
+// once follows that r has changed, and is not reported.
+func (w *EventWatch) once(r addr.HVARange) {
+	if s := w.m.made(Stray{Change: Change{Op: OpStrayRemove, Range: r}}, w.changed(r), nil); s.Err != nil {
+		s.Evidence = Event
+		w.reportLater(s)
+	}
+}
+
+// later has r counted as changed for some time.
+func (w *EventWatch) later(r addr.HVARange) {
+	w.unsettled = slices.DeleteFunc(w.unsettled, func(u unsettled) bool {
+		if u.r.Start > r.End || r.Start > u.r.End || w.m.region(u.r) != w.m.region(r) {
+			return false
+		}
+		r = addr.HVARange{Start: min(r.Start, u.r.Start), End: max(r.End, u.r.End)}
+		return true
+	})
+	w.unsettled = append(w.unsettled, unsettled{r, time.Now().Add(w.config.late)})
+	time.AfterFunc(w.config.late+time.Millisecond, w.wake)
+}
+
+// again follows once more what may have changed since it was followed, if its time is
+// over, or in any case. The caller holds the mapping lock for writing.
+func (w *EventWatch) again(all bool) {
+	if len(w.unsettled) == 0 {
+		return
+	}
+	now := time.Now()
+	w.unsettled = slices.DeleteFunc(w.unsettled, func(u unsettled) bool {
+		over := now.After(u.until)
+		if over || all {
+			w.once(u.r)
+		}
+		return over
+	})
+}
+
+// there reports whether any page of r is. Of shared memory the pages themselves are meant.
+func (w *EventWatch) there(r addr.HVARange, shared bool) (bool, error) {
 	const there = pagemap.Present | pagemap.Swapped
 	var found [1]pagemap.Region
+	n, _, err := w.pm.Scan(pagemap.Request{Range: r, Any: there, Report: there}, found[:])
+	if n > 0 || err != nil || !shared {
+		return n > 0, err
+	}
+	some, err := resident(r)
+	if errors.Is(err, unix.ENOMEM) {
+		return true, nil // a hole, of which there is another message
+	}
+	return some, err
+}
+
+// settle waits until no page of r is there, but not for long, and reports whether it is
+// sure that the discard is done: the last page, with which it ends, has been seen to go,
+// when nobody could have brought others back.
+func (w *EventWatch) settle(r addr.HVARange, shared, late bool) (sure bool, err error) {
+	was, err := w.there(addr.HVAs(r.End-addr.PageSize, addr.PageSize), shared)
+	if err != nil {
+		return false, err
+	}
 	for deadline := time.Now().Add(w.config.settle); ; time.Sleep(settleTime / 100) {
-		n, _, err := w.pm.Scan(pagemap.Request{Range: r, Any: there, Report: there}, found[:])
+		some, err := w.there(r, shared)
 		if err != nil {
 			return false, err
 		}
-		some := n > 0
-		if !some && shared {
-			if some, err = resident(r); errors.Is(err, unix.ENOMEM) {
-				return false, nil // a hole, of which there is another message
-			} else if err != nil {
-				return false, err
-			}
-		}
 		if !some || time.Now().After(deadline) {
-			return !some, nil
+			return was && !some && !late, nil
 		}
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/secondmmu/gvm/internal/perf"
 	"github.com/secondmmu/gvm/internal/tracefs"
 	"github.com/secondmmu/gvm/notifier"
+	"github.com/secondmmu/gvm/trace"
 )
 
 // TraceConfig says what a [TraceWatch] does.
@@ -56,12 +57,19 @@ type TraceConfig struct {
 //
 // Records that find no room are counted by the kernel, and followed as an OpStrayGap, in
 // which all content is changed.
+//
+// If the Memory has a log, each record is an event there, with the number of the operation
+// that it is a part of, or of the one that follows it. So are some more tracepoints of KVM
+// then, if there are such: those of aging, in the regions, and of faults of guests. These are
+// told of some milliseconds late, and nothing follows from them.
 type TraceWatch struct {
 	m        *Memory
 	source   zapSource
 	recorder *perf.Recorder
 	start    tracefs.Field
 	end      tracefs.Field // where the range ends, or its length
+	sights   *sights       // what is recorded in the log besides; nil: nothing
+	clock    logClock      // of the log, if there is one
 	config   TraceConfig
 
 	reports strays
@@ -80,7 +88,7 @@ type zap struct {
 	r    addr.HVARange
 }
 
-// zapSource is a tracepoint that tells of ranges.
+// zapSource is a tracepoint that tells of ranges, by the names of its fields.
 type zapSource struct {
 	system, name string
 	start, end   string
@@ -94,7 +102,7 @@ func (s zapSource) filter(rs []addr.HVARange) string {
 	var terms []string
 	for _, r := range rs {
 		term := fmt.Sprintf("%s < %#x && %s > %#x", s.start, uint64(r.End), s.end, uint64(r.Start))
-		if s.length != "" {
+		if s.end == "" {
 			term = fmt.Sprintf("%s < %#x && %s >= %#x", s.start, uint64(r.End), s.start, uint64(r.Start))
 		}
 		terms = append(terms, "("+term+")")
@@ -112,25 +120,31 @@ const ringPages = 64
 // The error is fs.ErrNotExist where the kernel's KVM has no such tracepoint, or is not
 // loaded, and EPERM or EACCES without the permission to open tracefs and to record what all
 // threads do: CAP_SYS_ADMIN, or CAP_PERFMON and a tracefs that is mounted and can be read.
-func (m *Memory) WatchTrace(c TraceConfig) (*TraceWatch, error) { return m.watchTrace(c, kvmZaps) }
+func (m *Memory) WatchTrace(c TraceConfig) (*TraceWatch, error) {
+	return m.watchTrace(c, kvmZaps, kvmSights()...)
+}
 
-func (m *Memory) watchTrace(c TraceConfig, source zapSource) (*TraceWatch, error) {
+// watchTrace is WatchTrace by a tracepoint, with others that are recorded in the log.
+func (m *Memory) watchTrace(c TraceConfig, source zapSource, others ...sightSource) (*TraceWatch, error) {
 	if c.Report == nil {
 		c.Report = logStray
 	}
 	w := &TraceWatch{m: m, source: source, config: c, reports: strays{report: c.Report}}
 	m.as.Lock()
 	defer m.as.Unlock()
-	if err := w.open(); err != nil {
+	if err := w.open(others); err != nil {
 		return nil, fmt.Errorf("watch guest memory by tracepoint %s:%s: %w", source.system, source.name, err)
 	}
 	m.traced = w
 	w.gone.Go(w.follow)
+	if w.sights != nil {
+		w.gone.Go(w.sights.watch)
+	}
 	return w, nil
 }
 
 // open begins to record. The caller holds the mapping lock for writing.
-func (w *TraceWatch) open() error {
+func (w *TraceWatch) open(others []sightSource) error {
 	m := w.m
 	switch {
 	case m.closed:
@@ -159,8 +173,15 @@ func (w *TraceWatch) open() error {
 	for _, r := range m.regions {
 		rs = append(rs, r.Range)
 	}
-	w.recorder, err = perf.NewRecorder(tp.ID, w.source.filter(rs), ringPages)
-	return err
+	w.recorder, err = perf.NewRecorder(perf.RecorderConfig{Tracepoints: []perf.Tracepoint{{ID: tp.ID, Filter: w.source.filter(rs)}}, Pages: ringPages})
+	if err != nil || m.log == nil {
+		return err
+	}
+	w.clock = newLogClock(m.log.Start())
+	if w.sights, err = openSights(m.log, w.clock, fs, rs, others); err != nil {
+		return errors.Join(err, w.recorder.Close())
+	}
+	return nil
 }
 
 // Close ends the watch. It returns when all that was recorded has been followed and
@@ -184,7 +205,7 @@ func (w *TraceWatch) endLocked() error {
 		return nil
 	}
 	w.ended = true
-	err := w.recorder.Interrupt()
+	err := errors.Join(w.recorder.Interrupt(), w.sights.end())
 	w.followLocked()
 	w.m.traced = nil
 	return err
@@ -199,11 +220,11 @@ func (w *TraceWatch) wait() {
 // follow is the goroutine that follows what is recorded.
 func (w *TraceWatch) follow() {
 	for {
-		err := w.recorder.Wait()
+		err := w.recorder.Wait(-1)
 		w.m.as.Lock()
 		ended := w.ended
 		if !ended {
-			w.followLocked()
+			w.followZapsLocked()
 		}
 		if !ended && err != nil {
 			ended = true
@@ -220,9 +241,16 @@ func (w *TraceWatch) follow() {
 	}
 }
 
-// followLocked follows what is recorded. The caller holds the mapping lock for writing, so
-// that no operation is in flight: each that a record can be of has been remembered.
+// followLocked follows what is recorded, and logs what is seen besides. The caller holds the
+// mapping lock for writing.
 func (w *TraceWatch) followLocked() {
+	w.followZapsLocked()
+	w.sights.read()
+}
+
+// followZapsLocked follows what is recorded. The caller holds the mapping lock for writing, so
+// that no operation is in flight: each that a record can be of has been remembered.
+func (w *TraceWatch) followZapsLocked() {
 	lost := uint64(0)
 	w.zaps = w.zaps[:0]
 	err := w.recorder.Read(func(rec perf.Record) {
@@ -231,34 +259,63 @@ func (w *TraceWatch) followLocked() {
 		}
 		start, ok := w.start.Uint(rec.Raw)
 		end, ok2 := w.end.Uint(rec.Raw)
+		if !ok || !ok2 {
+			lost++ // it is not known what it was of
+			return
+		}
 		if w.source.length != "" {
 			end += start
 		}
-		z := zap{rec.Time, addr.HVARange{Start: addr.HVA(start) &^ addr.PageMask, End: (addr.HVA(end) + addr.PageMask) &^ addr.PageMask}}
-		if end > ^uint64(addr.PageMask) { // of everything
-			z.r.End = ^addr.HVA(addr.PageMask)
-		}
-		switch {
-		case !ok || !ok2:
-			lost++ // it is not known what it was of
-		case !w.calls.explain(z):
+		z := zap{rec.Time, pagesOf(start, end)}
+		if op, ok := w.calls.explain(z); ok {
+			w.told(op, z)
+		} else {
 			w.zaps = append(w.zaps, z)
 		}
 	})
 	if lost > 0 || err != nil {
+		op := w.m.log.NewOp()
+		w.told(op, w.zaps...)
+		if lost > 0 {
+			w.m.log.Record(trace.Event{Kind: trace.Kernel, Op: op, Name: trace.KernelLost, Pages: lost})
+		}
+		w.m.followed = op
 		w.gap(errors.Join(fmt.Errorf("%d records of changes are lost", lost), err))
+		w.m.followed = 0
 		return
 	}
 	// One bracket for what touches: a huge page goes page by page.
 	slices.SortFunc(w.zaps, func(a, b zap) int { return cmp.Compare(a.r.Start, b.r.Start) })
 	for i := 0; i < len(w.zaps); {
-		r := w.zaps[i].r
+		first, r := i, w.zaps[i].r
 		for i++; i < len(w.zaps) && w.zaps[i].r.Start <= r.End; i++ {
 			r.End = max(r.End, w.zaps[i].r.End)
 		}
+		w.m.followed = w.m.log.NewOp()
+		w.told(w.m.followed, w.zaps[first:i]...)
 		for _, part := range w.m.parts(r) {
 			w.zapped(part)
 		}
+	}
+	w.m.followed = 0
+}
+
+// pagesOf returns the pages that have addresses from start to end.
+func pagesOf(start, end uint64) addr.HVARange {
+	r := addr.HVARange{Start: addr.HVA(start) &^ addr.PageMask, End: (addr.HVA(end) + addr.PageMask) &^ addr.PageMask}
+	if end > ^uint64(addr.PageMask) { // of everything
+		r.End = ^addr.HVA(addr.PageMask)
+	}
+	return r
+}
+
+// told records zaps in the trace, as of an operation.
+func (w *TraceWatch) told(op uint64, zaps ...zap) {
+	if w.m.log == nil {
+		return
+	}
+	for _, z := range zaps {
+		w.m.log.Record(trace.Event{Kind: trace.Kernel, Op: op, Name: w.source.name, HVA: z.r, At: w.clock.at(z.time)})
 	}
 }
 
@@ -356,7 +413,7 @@ func (w *TraceWatch) call(req request, do func() error) error {
 		rs[i].Start &^= addr.HugeSize - 1
 		rs[i].End = (rs[i].End + addr.HugeSize - 1) &^ (addr.HugeSize - 1)
 	}
-	w.calls.add(call{begin, now(), rs})
+	w.calls.add(call{begin, now(), rs, req.id})
 	return err
 }
 
@@ -364,7 +421,7 @@ func (w *TraceWatch) call(req request, do func() error) error {
 // that came before tells nothing more, unless the content was kept.
 func (w *TraceWatch) followed(s Stray) {
 	if s.Content != notifier.Kept {
-		w.calls.add(call{0, now(), []addr.HVARange{s.Range}})
+		w.calls.add(call{0, now(), []addr.HVARange{s.Range}, w.m.doing.id})
 	}
 }
 
@@ -388,6 +445,7 @@ type calls struct {
 type call struct {
 	begin, end uint64
 	rs         []addr.HVARange
+	op         uint64 // the number in the trace of what changed it
 }
 
 func (c *calls) add(o call) {
@@ -395,8 +453,8 @@ func (c *calls) add(o call) {
 	c.n++
 }
 
-// explain reports whether a zap was part of a call that is remembered.
-func (c *calls) explain(z zap) bool {
+// explain reports whether a zap was part of a call that is remembered, and of which operation.
+func (c *calls) explain(z zap) (op uint64, ok bool) {
 	for i := c.n - 1; i >= max(0, c.n-len(c.ring)); i-- {
 		o := &c.ring[i%len(c.ring)]
 		if z.time < o.begin || z.time > o.end {
@@ -404,9 +462,9 @@ func (c *calls) explain(z zap) bool {
 		}
 		for _, r := range o.rs {
 			if r.Contains(z.r) {
-				return true
+				return o.op, true
 			}
 		}
 	}
-	return false
+	return 0, false
 }

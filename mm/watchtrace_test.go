@@ -94,7 +94,7 @@ func TestTracedByWhatEventsSay(t *testing.T) {
 		{zap{before, part(w.ram, 5, 2)}, false},
 		{zap{now(), part(w.ram, 5, 1)}, false},
 	} {
-		if got := tw.calls.explain(tt.zap); got != tt.want {
+		if _, got := tw.calls.explain(tt.zap); got != tt.want {
 			t.Errorf("the event explains %+v: %t, want %t", tt.zap, got, tt.want)
 		}
 	}

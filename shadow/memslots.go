@@ -219,8 +219,8 @@ func (m *Memslots) applyLocked(u update, windows *index[Window], op uint64) erro
 		return nil
 	}
 	m.beginUpdate(old, u)
-	m.backend.Hold()
-	defer m.backend.Release()
+	m.hold(op)
+	defer m.release(op)
 	if m.mutant != collectAfterwards {
 		m.collectLocked(u.unlogged())
 	}
@@ -365,14 +365,25 @@ func (m *Memslots) publishLocked(slots index[Slot], windows index[Window]) {
 func (m *Memslots) clearLocked() {
 	u := update{deletes: slices.Collect(m.current.Load().All())}
 	m.beginUpdate(m.current.Load(), u)
-	m.backend.Hold()
-	defer m.backend.Release()
+	m.hold(0)
+	defer m.release(0)
 	m.collectLocked(u.deletes)
 	for _, s := range u.deletes {
 		_ = (&transaction{m: m}).delete(s)
 	}
 	clear(m.installed)
 	m.publishLocked(newIndex[Slot](), newIndex[Window]())
+}
+
+// hold and release hold the backend for an operation of the trace, or for none if it is 0.
+func (m *Memslots) hold(op uint64) {
+	m.backend.Hold()
+	m.log.Record(trace.Event{Kind: trace.Hold, Op: op, Name: "slots"})
+}
+
+func (m *Memslots) release(op uint64) {
+	m.log.Record(trace.Event{Kind: trace.Release, Op: op, Name: "slots"})
+	m.backend.Release()
 }
 
 func compareSlots(a, b Slot) int { return cmp.Compare(a.GFN, b.GFN) }

@@ -553,7 +553,11 @@ func (t *Table) Stats() Stats {
 //   - No page in an open bracket, of which the start has returned, is translated.
 //   - The pages that are counted, in each table and in all, are those that are
 //     translated.
-func (t *Table) Check() error {
+func (t *Table) Check() error { return t.check(nil) }
+
+// check is Check, and each translation has no more access than allowed says of its
+// addresses, unless that is nil.
+func (t *Table) check(allowed func(addr.HVARange) addr.Access) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.bracketMu.Lock()
@@ -577,6 +581,9 @@ func (t *Table) Check() error {
 			report("%v is translated to %v, and no slot shows all of it", block, at)
 		case s.hva(gfn) != e.hva() || s.Access&e.access() != e.access():
 			report("%v is translated to %v %v, and shown by %v", block, at, e.access(), *s)
+		}
+		if allowed != nil && e.access()&^allowed(at) != 0 {
+			report("%v is translated to %v %v, and the host has it as %v", block, at, e.access(), allowed(at))
 		}
 		for _, b := range t.open {
 			if b.zapped && b.Overlaps(at) {

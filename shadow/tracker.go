@@ -134,12 +134,19 @@ func (t *Tracker) Harvest(ctx context.Context) (*dirty.Harvest, error) {
 // these are among them:
 //
 //   - Each slot shows what its window does.
+//   - No translation has more access than the mapping.
 //   - While the slots are coarse, each window is shown whole; and precise ones would
 //     be more than half of the limit, unless the policy is Lazy.
+//
+// It takes the mapping lock for reading.
 func (t *Tracker) Check() error {
+	if as := t.AddressSpace(); as != nil {
+		as.RLock()
+		defer as.RUnlock()
+	}
 	t.slots.lock()
 	defer t.slots.unlock()
-	errs := []error{t.Slots().Check(), t.table.Check()}
+	errs := []error{t.Slots().Check(), t.table.check(t.mappedAccess)}
 	if !t.behind.Load() {
 		errs = append(errs, t.Slots().checkWindows(), t.checkCoarse())
 	}
@@ -152,6 +159,20 @@ func (t *Tracker) Check() error {
 		errs = append(errs, fmt.Errorf("shadow: %d slots are published, and %d installed", n, len(t.slots.installed)))
 	}
 	return errors.Join(errs...)
+}
+
+// mappedAccess returns the access that all mappings of r allow. The caller holds the mapping
+// lock.
+func (t *Tracker) mappedAccess(r addr.HVARange) addr.Access {
+	all, covered := addr.ReadWrite, uint64(0)
+	t.host.Walk(r, func(part addr.HVARange, access addr.Access) {
+		all &= access
+		covered += part.Bytes()
+	})
+	if covered < r.Bytes() {
+		return addr.NoAccess
+	}
+	return all
 }
 
 // checkCoarse is Check for slots that are coarse.
@@ -231,7 +252,7 @@ func (t *Tracker) InvalidateRangeStart(inv *notifier.Invalidation) error {
 	t.slots.lock()
 	defer t.slots.unlock()
 	if react.hold {
-		t.slots.backend.Hold()
+		t.slots.hold(inv.Op)
 	}
 	if !narrow || t.coarse.Load() || t.released || t.forgets(inv) {
 		return nil
@@ -291,7 +312,7 @@ func (t *Tracker) InvalidateRangeEnd(inv *notifier.Invalidation) {
 	t.slots.lock()
 	defer t.slots.unlock()
 	if react.hold {
-		defer t.slots.backend.Release()
+		defer t.slots.release(inv.Op)
 	}
 	if t.released || !react.settle && !t.behind.Load() || t.forgets(inv) {
 		return

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -517,5 +518,50 @@ func TestRandomChanges(t *testing.T) {
 	}
 	if b.Slots().Len() != 1 {
 		t.Errorf("with all mapped again there are slots %v, want one", slices.Collect(b.Slots().All()))
+	}
+}
+
+// TestHoldsInTheTrace: a hold, and its release, belong to the operation that vCPUs are held for.
+func TestHoldsInTheTrace(t *testing.T) {
+	for _, policy := range []Policy{Precise, Lazy} {
+		b := newBenchWith(t, 8, policy, 64)
+		seq := b.slots.log.Len()
+		for op, event := range []notifier.Event{notifier.Unmap, notifier.Remap} {
+			inv := notifier.Invalidation{Range: b.hva(2, 1), Event: event, Op: uint64(op + 1), To: b.hva(2, 1).Start}
+			if err := b.bracket(inv, func() { b.host.set(inv.Range, addr.NoAccess) }); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := b.LogDirty(true); err != nil {
+			t.Fatal(err)
+		}
+		events, _ := b.slots.log.Since(seq)
+		holds := map[uint64]int{}
+		some := map[uint64]bool{}
+		for _, e := range events {
+			switch e.Kind {
+			case trace.Hold:
+				holds[e.Op]++
+				some[e.Op] = true
+			case trace.Release:
+				holds[e.Op]--
+			case trace.SlotDelete, trace.SlotCreate:
+				if holds[e.Op] == 0 {
+					t.Errorf("%v: %v of operation %d without a hold for it", policy, e.Kind, e.Op)
+				}
+			}
+		}
+		want := map[uint64]bool{0: true, 1: true, 2: true} // 0: that pages are logged
+		if policy == Lazy {
+			delete(want, 1) // slots stay
+		}
+		for op, n := range holds {
+			if n != 0 {
+				t.Errorf("%v: %d holds of operation %d are not released", policy, n, op)
+			}
+		}
+		if !maps.Equal(some, want) {
+			t.Errorf("%v: there are holds of the operations %v, want %v", policy, some, want)
+		}
 	}
 }

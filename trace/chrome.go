@@ -77,6 +77,7 @@ func writeChrome(out io.Writer, rec *Recording) error {
 		emit(chromeEvent{Name: "thread_name", Phase: phaseMetadata, TID: i + 1, Args: map[string]any{"name": name}})
 		emit(chromeEvent{Name: "thread_sort_index", Phase: phaseMetadata, TID: i + 1, Args: map[string]any{"sort_index": i}})
 	}
+	rec = rec.byWhen()
 	lasts := spans(rec.Events)
 	ops := map[uint64]int{} // index of their begins
 	arrows := uint64(0)
@@ -95,7 +96,7 @@ func writeChrome(out io.Writer, rec *Recording) error {
 		if e.Kind == HostOp {
 			ops[e.Op] = i
 		}
-		if begin, ok := ops[e.Op]; ok && e.Kind.Lane() == LaneVCPU {
+		if begin, ok := ops[e.Op]; ok && e.met() {
 			// An arrow from the operation to what the guest met afterwards.
 			arrows++
 			from := rec.Events[begin].chrome()
@@ -112,7 +113,7 @@ func writeChrome(out io.Writer, rec *Recording) error {
 
 // chrome returns e as an instant.
 func (e *Event) chrome() chromeEvent {
-	ts := float64(e.Time) / 1e3
+	ts := float64(e.When()) / 1e3
 	name := e.What()
 	if e.Kind == InvalidateStart {
 		name = e.Name
@@ -122,6 +123,9 @@ func (e *Event) chrome() chromeEvent {
 		if v != "" && v != uint64(0) {
 			args[key] = v
 		}
+	}
+	if e.At != 0 {
+		args["recorded"] = float64(e.Time) / 1e3 // microseconds, as ts
 	}
 	return chromeEvent{Name: name, Cat: e.Kind.Lane().String(), Phase: phaseInstant, Scope: "t", Time: &ts, TID: e.track() + 1, Args: args}
 }

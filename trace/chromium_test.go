@@ -244,7 +244,7 @@ func TestPage(t *testing.T) {
 	inView := func(events []Event) (n int) {
 		lasts := spans(events)
 		for i, e := range events {
-			begin, end := e.Time.Seconds()*1e3, (e.Time+lasts[i]).Seconds()*1e3
+			begin, end := e.When().Seconds()*1e3, (e.When()+lasts[i]).Seconds()*1e3
 			if end >= from && begin <= to {
 				n++
 			}
@@ -287,9 +287,9 @@ func TestPage(t *testing.T) {
 	for i, e := range rec.Events {
 		if e.Op == op {
 			if begin == 0 {
-				begin = e.Time
+				begin = e.When()
 			}
-			end = max(end, e.Time+lasts[i])
+			end = max(end, e.When()+lasts[i])
 		}
 	}
 	if from, to := b.number("from"), b.number("to"); op == 0 || from > float64(begin) || to < float64(end) || to-from > 2*float64(end-begin) {

@@ -19,9 +19,18 @@
 // # Operations
 //
 // Each operation of the host has a number, [Event.Op], which all have that belong to it: its
-// begin and end, its notifications, the zaps, the slots that follow. What the guest
+// begin and end, its notifications, the zaps, the slots that follow, for which vCPUs are
+// held, and what the kernel tells of it. A change that others have made is followed by an
+// operation, whose number what the kernel told of the change has, too. What the guest
 // meets afterwards has the number of the operation that last had to do with the
 // page, which the reader finds out: the newest zap of the frame tells.
+//
+// # The kernel
+//
+// What the kernel tells of, it tells afterwards: some microseconds, or as long as whoever
+// reads it is kept waiting. Such an event has two times: [Event.At] is when it happened, and Time
+// when it was recorded, by which it is numbered. Formats for people have it at the one time
+// (Chrome, HTML) or say how long ago it was (Text).
 //
 // # Recordings
 //

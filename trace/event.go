@@ -26,7 +26,7 @@ const (
 	Exit                            // a vCPU has left the guest; Name is the reason
 	Complete                        // the guest used an address that its slots did not allow at first, and the access was completed
 	Touch                           // the guest used an address that its slots do not allow; Name says what becomes of it
-	Kernel                          // the kernel told of an event of its own; Name is which
+	Kernel                          // the kernel told of an event of its own; Name is which. Of KernelLost, Pages is how many are missing
 	Lost                            // Pages events before this one were recorded and are lost; only in recordings
 
 	numKinds
@@ -39,6 +39,10 @@ const (
 	Floated = "floated" // the access met an empty bus
 	Stopped = "stopped" // the access ends the run
 )
+
+// KernelLost is the name of a Kernel event of which the kernel could tell only that there
+// were Pages of them, and not what.
+const KernelLost = "lost"
 
 // Lane is who an event is about.
 type Lane uint8
@@ -65,7 +69,7 @@ func (l Lane) String() string {
 
 // field is a set of those fields of an event that only some kinds have. Others leave
 // them zero.
-type field uint8
+type field uint16
 
 const (
 	hasName field = 1 << iota
@@ -76,6 +80,7 @@ const (
 	hasAccess
 	hasPages
 	hasErr
+	hasAt
 )
 
 // kinds says of each kind what it is called, in which lane it is, how deep inside of
@@ -94,13 +99,13 @@ var kinds = [numKinds]struct {
 	SlotDelete:      {"slot-delete", LaneSlots, 2, hasHVA | hasGFN | hasSlot | hasAccess | hasErr},
 	SlotCreate:      {"slot-create", LaneSlots, 2, hasHVA | hasGFN | hasSlot | hasAccess | hasErr},
 	SlotPolicy:      {"slot-policy", LaneSlots, 2, hasName | hasErr},
-	Hold:            {"hold", LaneGate, 0, hasName},
-	Release:         {"release", LaneGate, 0, hasName},
+	Hold:            {"hold", LaneGate, 2, hasName},
+	Release:         {"release", LaneGate, 2, hasName},
 	Harvest:         {"harvest", LaneShadow, 0, hasPages},
 	Exit:            {"guest-exit", LaneVCPU, 1, hasName | hasGFN | hasVCPU | hasAccess},
 	Complete:        {"guest-complete", LaneVCPU, 1, hasGFN | hasVCPU | hasAccess},
 	Touch:           {"guest-touch", LaneVCPU, 1, hasName | hasGFN | hasVCPU | hasAccess},
-	Kernel:          {"kernel", LaneKernel, 1, hasName | hasHVA | hasGFN | hasPages},
+	Kernel:          {"kernel", LaneKernel, 2, hasName | hasHVA | hasGFN | hasPages | hasAt},
 	Lost:            {"lost", LaneHost, 0, hasPages},
 }
 
@@ -128,7 +133,8 @@ func (k Kind) has(f field) bool { return k.valid() && kinds[k].fields&f != 0 }
 // Event is one thing that happened. Fields that do not apply are zero.
 type Event struct {
 	Seq   uint64        // position in the record, from 1; events that were lost had the numbers that are missing
-	Time  time.Duration // since the log was made, monotonic
+	Time  time.Duration // when it was recorded, since the log was made, monotonic
+	At    time.Duration // when it happened, if that was before it was recorded; else 0
 	Op    uint64        // the host operation that this belongs to, from 1
 	HVA   addr.HVARange
 	GFN   addr.GFNRange
@@ -139,6 +145,20 @@ type Event struct {
 	Slot  uint32
 	Kind  Kind
 	Acc   addr.Access
+}
+
+// When returns when e happened.
+func (e *Event) When() time.Duration {
+	if e.At != 0 {
+		return e.At
+	}
+	return e.Time
+}
+
+// met reports whether e is what a guest met at its frames: an exit, or a fault that the
+// kernel saw to.
+func (e *Event) met() bool {
+	return e.Kind.Lane() == LaneVCPU || e.Kind == Kernel && !e.GFN.Empty()
 }
 
 // depth returns how far inside of its operation e is shown.

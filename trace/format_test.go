@@ -35,15 +35,17 @@ func story() *Recording {
 		{Kind: HostOp, Op: 1, Name: "unmap", HVA: pageHVA},
 		{Kind: InvalidateStart, Op: 1, Name: "unmap", HVA: pageHVA},
 		{Kind: Zap, Op: 1, GFN: page, HVA: pageHVA, Pages: 1},
-		{Kind: Hold, Name: "slots"},
+		{Kind: Hold, Op: 1, Name: "slots"},
 		{Kind: Exit, VCPU: 1, Name: "kick"},
 		{Kind: SlotDelete, Op: 1, Slot: 1, GFN: ram, HVA: hvas, Acc: addr.ReadWrite},
 		{Kind: SlotCreate, Op: 1, Slot: 0, GFN: page, HVA: pageHVA, Acc: addr.Read, Err: "no space left on device"},
 		{Kind: SlotPolicy, Op: 1, Name: "coarse"},
-		{Kind: Release, Name: "slots"},
-		{Kind: Kernel, Op: 1, Name: "kvm_unmap_hva_range", HVA: pageHVA},
+		{Kind: Release, Op: 1, Name: "slots"},
+		{Kind: Kernel, Op: 1, Name: "uffd-unmap", HVA: pageHVA},
 		{Kind: InvalidateEnd, Op: 1, Name: "unmap", HVA: pageHVA},
 		{Kind: HostOpEnd, Op: 1, Name: "unmap", HVA: pageHVA, Err: "no space left on device"},
+		{Kind: Kernel, Op: 1, Name: "kvm_unmap_hva_range", HVA: pageHVA, At: 14400}, // while vCPUs are held
+		{Kind: Kernel, Name: KernelLost, Pages: 2},
 		{Kind: Exit, Op: 1, VCPU: 1, Name: "KVM_EXIT_MMIO", GFN: page, Acc: addr.ReadWrite},
 		{Kind: Touch, Op: 1, VCPU: 1, Name: Waits, GFN: page, Acc: addr.ReadWrite},
 		{Kind: Harvest, Pages: 7},
@@ -51,6 +53,7 @@ func story() *Recording {
 		{Kind: HostOpEnd, Op: 2, Name: "map", HVA: pageHVA},
 		{Kind: Touch, Op: 2, VCPU: 1, Name: Resumed, GFN: page, Acc: addr.ReadWrite},
 		{Kind: Complete, Op: 2, VCPU: 0, GFN: page, Acc: addr.Read},
+		{Kind: Kernel, Op: 2, Name: "kvm_page_fault", GFN: page, At: 31000},
 		{Kind: Lost, Pages: 12},
 		{Kind: HostOp, Op: 3, Name: "discard", HVA: pageHVA},
 	} {
@@ -155,6 +158,9 @@ func TestReadRefuses(t *testing.T) {
 		header + `{"seq":1,"kind":"guest-exit","vcpu":-1}` + "\n":                                      "f:2: it is of vCPU -1",
 		header + `{"seq":1,"kind":"guest-exit","vcpu":0,"access":"all"}` + "\n":                        `f:2: there is no access "all"`,
 		header + `{"seq":1,"t":-1,"kind":"host-op"}` + "\n":                                            "f:2: the event is at -1ns, and the one before at 0s",
+		header + `{"seq":1,"t":9,"at":8,"kind":"host-op"}` + "\n":                                      `f:2: host-op has no field "at"`,
+		header + `{"seq":1,"t":9,"at":10,"kind":"kernel"}` + "\n":                                      "f:2: it happened at 10ns, and was recorded at 9ns",
+		header + `{"seq":1,"t":9,"at":-1,"kind":"kernel"}` + "\n":                                      "f:2: it happened at -1ns, and was recorded at 9ns",
 		header + strings.Repeat(`{"seq":5,"t":9,"kind":"host-op"}`+"\n", 2):                            "f:3: event 5 comes after event 5",
 		header + `{"seq":1,"t":9,"kind":"host-op"}` + "\n" + `{"seq":2,"t":8,"kind":"host-op"}` + "\n": "f:3: the event is at 8ns, and the one before at 9ns",
 		header + `{"seq":1,"kind":"host-op","name":"` + strings.Repeat("n", maxLine) + `"}` + "\n":     "f:2: the line is longer than 1048576 bytes",
@@ -274,10 +280,19 @@ func TestPageOf(t *testing.T) {
 	for _, e := range Page(story().Events, 0x205) {
 		got = append(got, fmt.Sprint(e.Op, " ", e.Kind))
 	}
-	want := []string{"0 slot-create", "1 host-op", "1 invalidate-start", "1 zap", "1 slot-delete", "1 slot-create", "1 slot-policy", "1 kernel",
-		"1 invalidate-end", "1 host-op-end", "1 guest-exit", "1 guest-touch", "2 host-op", "2 host-op-end", "2 guest-touch", "2 guest-complete", "0 lost"}
+	want := []string{"0 slot-create", "1 host-op", "1 invalidate-start", "1 zap", "1 hold", "1 slot-delete", "1 slot-create", "1 slot-policy", "1 release",
+		"1 kernel", "1 invalidate-end", "1 host-op-end", "1 kernel", "1 guest-exit", "1 guest-touch", "2 host-op", "2 host-op-end", "2 guest-touch",
+		"2 guest-complete", "2 kernel", "0 lost"}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("of page 0x205 (-want +got):\n%s", diff)
+	}
+	// A fault at another page is not of this one, though the operation is.
+	op := Event{Kind: Zap, Op: 1, GFN: addr.GFNRange{Start: 1, End: 3}}
+	fault := Event{Kind: Kernel, Op: 1, GFN: addr.GFNRange{Start: 2, End: 3}}
+	for gfn, want := range map[addr.GFN]int{1: 1, 2: 2} {
+		if of := Page([]Event{op, fault}, gfn); len(of) != want {
+			t.Errorf("of page %d there are %v", gfn, of)
+		}
 	}
 	got = nil
 	for _, e := range Page(story().Events, 0x206) {
@@ -285,6 +300,53 @@ func TestPageOf(t *testing.T) {
 	}
 	if diff := cmp.Diff([]string{"0 slot-create", "0 lost"}, got); diff != "" {
 		t.Errorf("of page 0x206 (-want +got):\n%s", diff)
+	}
+}
+
+// TestSpansOfHolds: a hold ends with the release of its operation.
+func TestSpansOfHolds(t *testing.T) {
+	events := []Event{
+		0: {Kind: Hold, Name: "slots", Op: 1}, 1: {Kind: Hold, Name: "slots"}, 2: {Kind: Hold, Name: "slots", Op: 1},
+		3: {Kind: Release, Name: "slots", Op: 1}, 4: {Kind: Release, Name: "slots", Op: 1}, 5: {Kind: Release, Name: "slots"},
+	}
+	for i := range events {
+		events[i].Time = time.Duration(i)
+	}
+	want := []time.Duration{0: 4, 1: 4, 2: 1, 5: 0}
+	if diff := cmp.Diff(want, spans(events)); diff != "" {
+		t.Errorf("the events last (-want +got):\n%s", diff)
+	}
+}
+
+// TestWhenItHappened: formats in which an event has a place in time have it at the time when
+// it happened, and others at its number.
+func TestWhenItHappened(t *testing.T) {
+	rec := &Recording{story().Header, []Event{
+		{Seq: 1, Time: 1000, Kind: HostOp, Op: 1, Name: "discard"},
+		{Seq: 2, Time: 3000, Kind: HostOpEnd, Op: 1, Name: "discard"},
+		{Seq: 3, Time: 5000, At: 2000, Kind: Kernel, Op: 1, Name: "zap"},
+		{Seq: 4, Time: 5000, Kind: Kernel, Op: 2, Name: "event"},
+	}}
+	var doc struct{ TraceEvents []chromeEvent }
+	if err := json.Unmarshal([]byte(write(t, rec, Chrome)), &doc); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, e := range doc.TraceEvents {
+		if e.Time != nil {
+			got = append(got, fmt.Sprint(e.Name, " ", *e.Time, " ", e.Lasts, " ", e.Args["recorded"]))
+		}
+	}
+	if diff := cmp.Diff([]string{"discard 1 2 <nil>", "zap 2 0 5", "event 5 0 <nil>"}, got); diff != "" {
+		t.Errorf("Chrome's events (-want +got):\n%s", diff)
+	}
+	d := newTimelineData(rec)
+	if diff := cmp.Diff([]int64{1000, 1000, 1000, 2000}, d.Time); diff != "" || !slices.Equal(d.Seq, []uint64{1, 3, 2, 4}) || d.Lasts[0] != 2000 {
+		t.Errorf("the page's events %v last %v; their times (-want +got):\n%s", d.Seq, d.Lasts, diff)
+	}
+	lines := strings.Split(write(t, rec, Text), "\n")
+	if got := strings.Join(strings.Fields(lines[5]), " "); got != "0.005000 #1 kernel zap, 3.0 us ago" {
+		t.Errorf("the line of the third event is %q", got)
 	}
 }
 

@@ -77,6 +77,7 @@ func newTimelineData(rec *Recording) *timelineData {
 		}
 		return n
 	}
+	rec = rec.byWhen()
 	lasts := spans(rec.Events)
 	before := int64(0)
 	for i := range rec.Events {
@@ -85,8 +86,8 @@ func newTimelineData(rec *Recording) *timelineData {
 			d.Lost += e.Pages
 		}
 		d.Seq = append(d.Seq, e.Seq)
-		d.Time = append(d.Time, int64(e.Time)-before)
-		before = int64(e.Time)
+		d.Time = append(d.Time, int64(e.When())-before)
+		before = int64(e.When())
 		d.Lasts = append(d.Lasts, int64(lasts[i]))
 		d.Kind = append(d.Kind, int(e.Kind))
 		d.Track = append(d.Track, e.track())

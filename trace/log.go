@@ -55,7 +55,7 @@ func (l *Log) NewOp() uint64 {
 
 // Record adds e, with the time of now. The strings of e are kept, so they are
 // constants, or made for this event; the fields are those that its kind has. Seq and Time are
-// ignored.
+// ignored, and At if it is not before now. The order is that of recording, whatever At says.
 //
 // Events that one goroutine records stay in their order, and so do those of
 // several that wait for each other in between.

@@ -69,7 +69,7 @@ func TestSinceKeeps(t *testing.T) {
 
 func TestNilLogKeepsNothing(t *testing.T) {
 	var l *Log
-	l.Record(Event{Kind: HostOp})
+	l.Record(Event{Kind: HostOp, At: 1})
 	if events, lost := l.Since(0); len(events) != 0 || lost != 0 || l.Len() != 0 || l.NewOp() != 0 {
 		t.Errorf("a nil log returned %v, lost %d, length %d", events, lost, l.Len())
 	}
@@ -207,16 +207,38 @@ func TestOrderAcrossRings(t *testing.T) {
 	}
 }
 
+// TestAt: the time when an event happened is kept if it is before it was recorded. The order is
+// that of recording.
+func TestAt(t *testing.T) {
+	l := NewLog(8)
+	time.Sleep(time.Millisecond)
+	now := time.Since(l.Start())
+	for _, at := range []time.Duration{now, 1, time.Hour, 0} {
+		l.Record(Event{Kind: Kernel, At: at})
+	}
+	events, _ := l.Since(0)
+	if err := inOrder(events); err != nil || len(events) != 4 {
+		t.Fatalf("%d events, %v", len(events), err)
+	}
+	for i, want := range []time.Duration{now, 1, 0, 0} {
+		if e := events[i]; e.At != want || want == 0 && e.When() != e.Time || want != 0 && e.When() != want {
+			t.Errorf("event %d is at %v, and was at %v, want %v", i, e.At, e.When(), want)
+		}
+	}
+}
+
 func TestRecordDoesNotAllocate(t *testing.T) {
 	l := NewLog(64)
 	var none *Log
 	for vcpu := range 2 {
 		l.Record(Event{Kind: Exit, VCPU: vcpu}) // makes the ring
 	}
+	l.Record(Event{Kind: Kernel})
 	for name, f := range map[string]func(){
-		"vcpu": func() { l.Record(Event{Kind: Exit, VCPU: 1, Name: "KVM_EXIT_IO"}) },
-		"host": func() { l.Record(Event{Kind: HostOp, Op: l.NewOp(), Name: "discard"}) },
-		"nil":  func() { none.Record(Event{Kind: HostOp, Op: none.NewOp(), Name: "discard"}) },
+		"vcpu":   func() { l.Record(Event{Kind: Exit, VCPU: 1, Name: "KVM_EXIT_IO"}) },
+		"kernel": func() { l.Record(Event{Kind: Kernel, Op: 1, Name: "zap", At: 1}) },
+		"host":   func() { l.Record(Event{Kind: HostOp, Op: l.NewOp(), Name: "discard"}) },
+		"nil":    func() { none.Record(Event{Kind: HostOp, Op: none.NewOp(), Name: "discard"}) },
 	} {
 		if n := testing.AllocsPerRun(1000, f); n != 0 && !gvmtest.Race {
 			t.Errorf("%s: a record allocates %v times, want 0", name, n)

@@ -13,6 +13,7 @@ const (
 	pendingUnawaited        // a reader leaves an event that is being written for later
 	unheld                  // a reader returns what is newer than its look at the clock
 	firstOpStays            // a touch belongs to the operation that had to do with the page first
+	toldIsWhen              // a fault that is told of late belongs to the operation that came last until then
 )
 
 // point is a place at which a test may want to do something.

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/secondmmu/gvm/addr"
 	"github.com/secondmmu/gvm/internal/gvmtest"
@@ -18,11 +19,12 @@ var mutants = []gvmtest.Mutant[mutant]{
 	{ID: "T4", Defect: pendingUnawaited, What: "a reader leaves an event that is being written for later", By: "checkPending", Check: checkPending},
 	{ID: "T5", Defect: unheld, What: "a reader returns what is newer than its look at the clock", By: "checkHeld", Check: checkHeld},
 	{ID: "T6", Defect: firstOpStays, What: "a touch belongs to the first operation of its page, not the last", By: "checkTies", Check: checkTies},
+	{ID: "T7", Defect: toldIsWhen, What: "a fault belongs to the operation that came last when it was told of, not when it happened", By: "checkLateTies", Check: checkLateTies},
 }
 
 func TestMutants(t *testing.T) { gvmtest.RunMutants(t, mutants) }
 
-func TestMutantsAreAllThere(t *testing.T) { gvmtest.EveryMutant(t, firstOpStays, mutants) }
+func TestMutantsAreAllThere(t *testing.T) { gvmtest.EveryMutant(t, toldIsWhen, mutants) }
 
 // stop is a place at which one goroutine waits, once, until it is let go on.
 type stop struct {
@@ -177,18 +179,49 @@ func checkTies(m mutant) error {
 	return nil
 }
 
-// TestKernelEventsBelong: an event of the kernel belongs to the operation in progress, if it is
-// about its addresses.
+// checkLateTies has faults told of after later operations on their pages.
+func checkLateTies(m mutant) error {
+	const pages, ops = 8, lateZaps + 300
+	rng := rand.New(rand.NewPCG(2, 0))
+	p, test := places{}, &testpoint{mutant: m}
+	zaps := make([]Event, 0, ops)
+	for op := range uint64(ops) {
+		start := addr.GFN(rng.IntN(pages))
+		zaps = append(zaps, Event{Kind: Zap, Op: op + 1, Time: time.Duration(10 * (op + 1)), GFN: addr.GFNRange{Start: start, End: start + 2}})
+		p.tie(&zaps[op], test)
+		at := max(1, int(op)-rng.IntN(lateZaps/2))
+		fault := Event{Kind: Kernel, GFN: addr.GFNRange{Start: 3, End: 4}, Time: zaps[op].Time + 1, At: time.Duration(10*at + 5)}
+		want := uint64(0)
+		for _, z := range zaps {
+			if z.GFN.Contains(3) && z.Time <= fault.At {
+				want = z.Op
+			}
+		}
+		p.tie(&fault, test)
+		if fault.Op != want {
+			return fmt.Errorf("a fault at %v that is told of at %v belongs to operation %d, want %d", fault.At, fault.Time, fault.Op, want)
+		}
+	}
+	// What is too old to be known belongs to none.
+	fault := Event{Kind: Kernel, GFN: addr.GFNRange{Start: 3, End: 4}, Time: zaps[ops-1].Time + 1, At: zaps[200].Time}
+	if p.tie(&fault, test); fault.Op != 0 {
+		return fmt.Errorf("a fault from before all zaps that are remembered belongs to operation %d", fault.Op)
+	}
+	return nil
+}
+
+// TestKernelEventsBelong: an event of the kernel belongs to the operation that it is recorded
+// with, and only a fault to one that the page tells.
 func TestKernelEventsBelong(t *testing.T) {
 	l := NewLog(16)
-	r := addr.HVAs(0x10000, 2*addr.PageSize)
-	kernel := func(hva addr.HVA) { l.Record(Event{Kind: Kernel, HVA: addr.HVAs(hva, addr.PageSize)}) }
+	r, page := addr.HVAs(0x10000, 2*addr.PageSize), addr.GFNRange{Start: 5, End: 6}
 	l.Record(Event{Kind: HostOp, Op: 5, HVA: r})
-	l.Record(Event{Kind: Exit, VCPU: 3})
-	kernel(r.Start + addr.PageSize)
-	kernel(r.End)
+	l.Record(Event{Kind: Zap, Op: 5, HVA: r, GFN: page})
+	l.Record(Event{Kind: Kernel, HVA: r})
+	l.Record(Event{Kind: Kernel, HVA: r, Op: 4})
+	l.Record(Event{Kind: Kernel, GFN: page})
+	l.Record(Event{Kind: Kernel, GFN: addr.GFNRange{Start: 6, End: 7}})
 	l.Record(Event{Kind: HostOpEnd, Op: 5, HVA: r})
-	kernel(r.Start)
 	events, _ := l.Since(0)
 	var got []uint64
 	for _, e := range events {
@@ -196,7 +229,7 @@ func TestKernelEventsBelong(t *testing.T) {
 			got = append(got, e.Op)
 		}
 	}
-	if want := []uint64{5, 0, 0}; !slices.Equal(got, want) {
+	if want := []uint64{0, 4, 5, 0}; !slices.Equal(got, want) {
 		t.Errorf("they belong to the operations %v, want %v", got, want)
 	}
 }

@@ -36,18 +36,19 @@ func played(n int) *Recording {
 		add(Event{Kind: InvalidateStart, Op: op, Name: kind.event, HVA: hvas}, 500)
 		add(Event{Kind: Zap, Op: op, HVA: hvas, GFN: gfn, Pages: uint64(rng.IntN(3))}, 1000)
 		if kind.op != "discard" && kind.op != "pageout" {
-			add(Event{Kind: Hold, Name: "slots"}, 3000)
+			add(Event{Kind: Hold, Op: op, Name: "slots"}, 3000)
 			add(Event{Kind: SlotDelete, Op: op, Slot: uint32(rng.IntN(8)), GFN: rec.Header.RAM, HVA: addr.HVAs(hva, pages<<addr.PageShift), Acc: addr.ReadWrite}, 4000)
 			add(Event{Kind: SlotCreate, Op: op, Slot: uint32(rng.IntN(8)), GFN: gfn, HVA: hvas, Acc: addr.Read}, 4000)
-			add(Event{Kind: Release, Name: "slots"}, 300)
+			add(Event{Kind: Release, Op: op, Name: "slots"}, 300)
 		}
-		add(Event{Kind: Kernel, Name: "kvm_unmap_hva_range", HVA: hvas}, 2000)
+		zapped := now + 1
 		add(Event{Kind: InvalidateEnd, Op: op, Name: kind.event, HVA: hvas}, 3000)
 		end := Event{Kind: HostOpEnd, Op: op, Name: kind.op, HVA: hvas}
 		if rng.IntN(50) == 0 {
 			end.Err = "invalid argument"
 		}
 		add(end, 500)
+		add(Event{Kind: Kernel, Op: op, Name: "kvm_unmap_hva_range", HVA: hvas, At: zapped}, 2000)
 		for vcpu := range waits {
 			page := addr.GFNRange{Start: gfn.Start, End: gfn.Start + 1}
 			switch {
@@ -59,6 +60,8 @@ func played(n int) *Recording {
 				add(Event{Kind: Exit, Name: "KVM_EXIT_MMIO", VCPU: vcpu, GFN: page, Acc: addr.Read}, 3000)
 				add(Event{Kind: Touch, Name: Waits, VCPU: vcpu, GFN: page, Acc: addr.ReadWrite}, 500)
 				waits[vcpu] = gfn.Start
+			case rng.IntN(4) == 0:
+				add(Event{Kind: Kernel, Name: "kvm_mmu_spte_requested", GFN: page, At: now + 50}, 5000)
 			case rng.IntN(3) == 0:
 				add(Event{Kind: Complete, VCPU: vcpu, GFN: page, Acc: addr.Read}, 3000)
 			default:

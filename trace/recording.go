@@ -3,10 +3,12 @@ package trace
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -56,6 +58,7 @@ const maxVCPUs = 4096
 type line struct {
 	Seq    uint64         `json:"seq"`
 	Time   int64          `json:"t"` // nanoseconds
+	At     int64          `json:"at,omitempty"`
 	Kind   string         `json:"kind"`
 	Op     uint64         `json:"op,omitempty"`
 	Name   string         `json:"name,omitempty"`
@@ -78,6 +81,9 @@ func newLine(e *Event) line {
 	}
 	if e.Kind.has(hasErr) {
 		l.Err = e.Err
+	}
+	if e.Kind.has(hasAt) {
+		l.At = int64(e.At)
 	}
 	if e.Kind.has(hasPages) {
 		l.Pages = e.Pages
@@ -102,7 +108,7 @@ func newLine(e *Event) line {
 
 // event checks l and returns what it says.
 func (l *line) event() (e Event, err error) {
-	e = Event{Seq: l.Seq, Time: time.Duration(l.Time), Op: l.Op, Name: l.Name, Pages: l.Pages, Err: l.Err}
+	e = Event{Seq: l.Seq, Time: time.Duration(l.Time), At: time.Duration(l.At), Op: l.Op, Name: l.Name, Pages: l.Pages, Err: l.Err}
 	for k := Kind(1); k < numKinds; k++ {
 		if k.String() == l.Kind {
 			e.Kind = k
@@ -119,6 +125,7 @@ func (l *line) event() (e Event, err error) {
 		{"name", hasName, l.Name != ""}, {"hva", hasHVA, l.HVA != nil}, {"gfn", hasGFN, l.GFN != nil},
 		{"pages", hasPages, l.Pages != 0}, {"slot", hasSlot, l.Slot != nil}, {"vcpu", hasVCPU, l.VCPU != nil},
 		{"access", hasAccess, l.Access != ""}, {"error", hasErr, l.Err != ""},
+		{"at", hasAt, l.At != 0},
 	} {
 		if f.given && !e.Kind.has(f.field) {
 			return e, fmt.Errorf("%v has no field %q", e.Kind, f.name)
@@ -159,8 +166,8 @@ func (l *line) event() (e Event, err error) {
 
 // Read reads a recording that was written as JSONLines. Its name is for messages. Every
 // line is checked: that it is a header or an event, of a kind that there is and with the
-// fields of that; that numbers and times grow; that vCPUs are among those of the
-// header. The error is a *FormatError about the first line that is wrong, or that of r.
+// fields of that; that numbers and times grow; that nothing is recorded before it happens;
+// that vCPUs are among those of the header. The error is a *FormatError about the first line that is wrong, or that of r.
 func Read(name string, r io.Reader) (*Recording, error) {
 	var rec Recording
 	in := bufio.NewReader(r)
@@ -243,6 +250,8 @@ func (rec *Recording) add(text []byte) error {
 		return fmt.Errorf("event %d comes after event %d", e.Seq, last.Seq)
 	case e.Time < last.Time:
 		return fmt.Errorf("the event is at %v, and the one before at %v", e.Time, last.Time)
+	case e.At < 0 || e.At > e.Time:
+		return fmt.Errorf("it happened at %v, and was recorded at %v", e.At, e.Time)
 	case e.VCPU < 0 || e.VCPU >= rec.Header.VCPUs && e.Kind.has(hasVCPU):
 		return fmt.Errorf("it is of vCPU %d, and the header has %d", e.VCPU, rec.Header.VCPUs)
 	}
@@ -263,6 +272,14 @@ func decode(text []byte, v any) error {
 	return nil
 }
 
+// byWhen returns the recording with its events in the order in which they happened, which
+// differs from that of their numbers where the kernel told late.
+func (rec *Recording) byWhen() *Recording {
+	events := slices.Clone(rec.Events)
+	slices.SortStableFunc(events, func(a, b Event) int { return cmp.Compare(a.When(), b.When()) })
+	return &Recording{rec.Header, events}
+}
+
 // Page returns those events that have to do with a frame: those of its own, and all of the
 // operations that these belong to. That an operation on other frames made a slot anew
 // which shows the frame, too, is left out; that events were lost is not.
@@ -274,10 +291,9 @@ func Page(events []Event, gfn addr.GFN) (of []Event) {
 		}
 	}
 	for _, e := range events {
-		lane := e.Kind.Lane()
-		own := e.GFN.Contains(gfn) && (lane != LaneSlots || e.Op == 0)
-		// What a vCPU met at another page of the operation is that page's.
-		if own || ops[e.Op] && lane != LaneVCPU || e.Kind == Lost {
+		own := e.GFN.Contains(gfn) && (e.Kind.Lane() != LaneSlots || e.Op == 0)
+		// What a guest met at another page of the operation is that page's.
+		if own || ops[e.Op] && !e.met() || e.Kind == Lost {
 			of = append(of, e)
 		}
 	}

@@ -14,9 +14,8 @@ import (
 // and is indented by how far inside of it it is.
 type textWriter struct {
 	w      io.Writer
-	header *Header // nil: it is written
-	begun  time.Duration
-	op     uint64 // that begun is of
+	header *Header                  // nil: it is written
+	begun  map[uint64]time.Duration // operations in progress
 }
 
 func (t *textWriter) Write(events []Event) error {
@@ -50,9 +49,17 @@ func (t *textWriter) line(e *Event) string {
 	what := e.What()
 	switch {
 	case e.Kind == HostOp:
-		t.op, t.begun = e.Op, e.Time
-	case e.Kind == HostOpEnd && e.Op == t.op:
-		what += fmt.Sprintf(" in %.1f us", float64(e.Time-t.begun)/1e3)
+		if t.begun == nil {
+			t.begun = map[uint64]time.Duration{}
+		}
+		t.begun[e.Op] = e.Time
+	case e.Kind == HostOpEnd:
+		if begun, ok := t.begun[e.Op]; ok {
+			what += fmt.Sprintf(" in %.1f us", float64(e.Time-begun)/1e3)
+			delete(t.begun, e.Op)
+		}
+	case e.At != 0:
+		what += fmt.Sprintf(", %.1f us ago", float64(e.Time-e.At)/1e3)
 	}
 	s := fmt.Sprintf("%12.6f  %6s  %-8s  %-36s  %s", float64(e.Time)/1e6, op, who, strings.Repeat("  ", e.depth())+what, e.Where())
 	s = strings.TrimRight(s, " ")
@@ -65,7 +72,12 @@ func (t *textWriter) line(e *Event) string {
 // What says in a few words what happened.
 func (e *Event) What() string {
 	switch e.Kind {
-	case HostOp, Kernel:
+	case Kernel:
+		if e.Name == KernelLost {
+			return count(e.Pages, "event") + " of the kernel lost"
+		}
+		return e.Name
+	case HostOp:
 		return e.Name
 	case HostOpEnd:
 		if e.Err != "" {

@@ -113,7 +113,8 @@ func (c *whole) Close() error { return c.write(c.w, &Recording{c.header, c.event
 
 // spans returns how long each event lasted: an operation to its end, a notification from
 // the start to the end of its bracket, a hold to the release, and a wait until the
-// guest went on. Others, and ends, have 0. What did not end lasts until the last event.
+// guest went on. Others, and ends, have 0. What did not end lasts until the last event. The
+// events are in the order in which they happened.
 func spans(events []Event) []time.Duration {
 	type key struct {
 		kind Kind
@@ -125,7 +126,7 @@ func spans(events []Event) []time.Duration {
 	lasts := make([]time.Duration, len(events))
 	open := map[key]int{} // index of what has begun
 	var holds []int
-	end := func(i, of int) { lasts[of] = max(events[i].Time-events[of].Time, 1) }
+	end := func(i, of int) { lasts[of] = max(events[i].When()-events[of].When(), 1) }
 	for i, e := range events {
 		bracket := key{InvalidateStart, e.Op, e.Name, uint64(e.HVA.Start), 0}
 		wait := key{kind: Touch, vcpu: e.VCPU}
@@ -147,9 +148,9 @@ func spans(events []Event) []time.Duration {
 		case Hold:
 			holds = append(holds, i)
 		case Release:
-			// Holds are released in any order, but for the name.
+			// Holds are released in any order, but for the name and the operation.
 			for h := len(holds) - 1; h >= 0; h-- {
-				if events[holds[h]].Name == e.Name {
+				if o := &events[holds[h]]; o.Name == e.Name && o.Op == e.Op {
 					end(i, holds[h])
 					holds = append(holds[:h], holds[h+1:]...)
 					break

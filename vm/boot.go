@@ -13,7 +13,30 @@ import (
 // Boot puts a built-in guest into the machine and sets the vCPUs to its start.
 // It is called once, before the first run.
 func (m *Machine) Boot(g guests.Guest, args guests.Args) error {
-	fail := func(err error) error { return fmt.Errorf("boot guest %s: %w", g.Name, err) }
+	return m.bootWith(g.Name, func() (page, image []byte, err error) {
+		if page, err = g.ParamPage(args, len(m.vcpus), m.config.RAM); err != nil {
+			return nil, nil, err
+		}
+		image, err = g.Image()
+		return page, image, err
+	})
+}
+
+// BootImage puts a guest of the caller's into the machine, as Boot does a built-in one:
+// code that is to run at guests.Image, in at most guests.MaxImage bytes. It finds
+// what a built-in guest does, but no parameters. The name is for messages.
+func (m *Machine) BootImage(name string, image []byte) error {
+	return m.bootWith(name, func() (page, code []byte, err error) {
+		if len(image) == 0 || len(image) > int(guests.MaxImage) {
+			return nil, nil, fmt.Errorf("an image of %d bytes is not of 1 to %d", len(image), int(guests.MaxImage))
+		}
+		return make([]byte, addr.PageSize), image, nil
+	})
+}
+
+// bootWith puts what load returns into the machine: a parameter page and an image.
+func (m *Machine) bootWith(name string, load func() (page, image []byte, err error)) error {
+	fail := func(err error) error { return fmt.Errorf("boot guest %s: %w", name, err) }
 	m.mu.Lock()
 	booted := m.booted || m.closed
 	m.booted = true
@@ -21,11 +44,7 @@ func (m *Machine) Boot(g guests.Guest, args guests.Args) error {
 	if booted {
 		return fail(errors.New("the machine has been booted or closed"))
 	}
-	page, err := g.ParamPage(args, len(m.vcpus), m.config.RAM)
-	if err != nil {
-		return fail(err)
-	}
-	image, err := g.Image()
+	page, image, err := load()
 	if err != nil {
 		return fail(err)
 	}
@@ -53,7 +72,7 @@ const (
 // MiB that CPL 3 may use.
 func (m *Machine) writePageTables() error {
 	const perDir = 512
-	end := uint64(guests.RAMBase) + m.config.RAM
+	end := uint64(max(m.RAMEnd(), m.shownEnd))
 	large := (end + addr.HugeSize - 1) / addr.HugeSize
 	dirs := (large + perDir - 1) / perDir
 

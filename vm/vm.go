@@ -150,6 +150,8 @@ type Machine struct {
 	err    error              // how the run failed first
 	closed bool
 	booted bool
+
+	shownEnd addr.GPA // behind what Show has shown; protected by mu
 }
 
 // New makes a machine with RAM and vCPUs, and nothing in it: see Boot. The
@@ -462,15 +464,8 @@ func (m *Machine) hva(gpa addr.GPA) (addr.HVA, error) {
 // backend installs the tracker's slots in KVM, behind the gate.
 type backend Machine
 
-func (b *backend) Hold() {
-	b.gate.Hold()
-	b.config.Log.Record(trace.Event{Kind: trace.Hold, Name: "slots"})
-}
-
-func (b *backend) Release() {
-	b.config.Log.Record(trace.Event{Kind: trace.Release, Name: "slots"})
-	b.gate.Release()
-}
+func (b *backend) Hold()    { b.gate.Hold() }
+func (b *backend) Release() { b.gate.Release() }
 
 func (b *backend) CreateSlot(s shadow.Slot) error {
 	r := kvm.MemoryRegion{Slot: s.ID, GPA: s.GFN.GPA(), Size: s.NPages << addr.PageShift, HVA: s.HVA}

@@ -30,11 +30,17 @@ func (g *ring) position() (tail, head uint64) {
 func (g *ring) release(tail uint64) { atomic.StoreUint64(g.word(dataTail), tail) }
 
 // countLost reads how many records are lost, if the kernel counts them.
-func (g *ring) countLost() (uint64, bool) {
+func (g *ring) countLost() (lost uint64, ok bool) {
 	var counts [2]uint64 // passes, losses
 	b := unsafe.Slice((*byte)(unsafe.Pointer(&counts)), unsafe.Sizeof(counts))
-	n, err := unix.Read(g.fd, b)
-	return counts[1], err == nil && n == len(b)
+	for _, fd := range g.fds {
+		n, err := unix.Read(fd, b)
+		if err != nil || n != len(b) {
+			return 0, false
+		}
+		lost += counts[1]
+	}
+	return lost, true
 }
 
 // setFilter wraps PERF_EVENT_IOC_SET_FILTER, which a descriptor takes once.

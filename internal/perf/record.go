@@ -10,6 +10,7 @@ import (
 // lost.
 type Record struct {
 	Lost uint64 // how many were lost before this; then nothing else is set
+	ID   uint64 // of the tracepoint
 	PID  int    // of the process that passed
 	TID  int    // and its thread
 	Time uint64 // nanoseconds of CLOCK_MONOTONIC
@@ -59,6 +60,9 @@ func Decode(b []byte) (rec Record, n int, err error) {
 		rec = Record{
 			PID: int(int32(order.Uint32(body))), TID: int(int32(order.Uint32(body[4:]))),
 			Time: order.Uint64(body[8:]), Raw: body[20 : 20+size],
+		}
+		if size >= 2 { // all tracepoints have it in the same place, as common_type
+			rec.ID = uint64(order.Uint16(rec.Raw))
 		}
 	}
 	return rec, n, nil

@@ -6,11 +6,18 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// Recorder records the passes of one tracepoint by all threads of the machine, in a ring
+// Tracepoint is one that is recorded.
+type Tracepoint struct {
+	ID     uint64 // tracefs knows it by name
+	Filter string // an expression over its fields, which the kernel evaluates: only passes that match are recorded; "": all
+}
+
+// Recorder records the passes of tracepoints by all threads of the machine, in a ring
 // of each CPU.
 //
 // Read is called by one goroutine at a time. Others may be in Wait, or call Close.
@@ -24,7 +31,7 @@ type Recorder struct {
 
 // ring is that of one CPU.
 type ring struct {
-	fd     int
+	fds    []int  // of each tracepoint; all write to the ring of the first
 	memory []byte // a control page, and the records
 	data   []byte // the records: a power of two
 	wrap   []byte // of a record that the end of data cuts
@@ -39,14 +46,23 @@ const sampleType = unix.PERF_SAMPLE_TID | unix.PERF_SAMPLE_TIME | unix.PERF_SAMP
 // The ring tells of them only with the next record.
 const formatLost = 1 << 4
 
-// NewRecorder begins to record the tracepoint id, which tracefs knows by name. Only passes that
-// match filter are recorded, an expression over the tracepoint's fields, which the kernel
-// evaluates; with an empty one, all. The records of each CPU have pages pages, a power of
-// two, until they are read; those that find no room are lost, and counted.
+// RecorderConfig says what a [Recorder] records.
+type RecorderConfig struct {
+	Tracepoints []Tracepoint
+
+	// Pages is the size of the ring of a CPU, a power of two. Records that find no room
+	// are lost, and counted.
+	Pages int
+
+	// Wakeup is how many records of one CPU end a Wait; 0: each one does.
+	Wakeup int
+}
+
+// NewRecorder begins to record.
 //
 // The error is EINVAL for a filter that the kernel does not understand, and a permission is
 // needed as for AllCPUs. CPUs that are brought online later are not recorded.
-func NewRecorder(id uint64, filter string, pages int) (_ *Recorder, err error) {
+func NewRecorder(c RecorderConfig) (_ *Recorder, err error) {
 	cpus, err := onlineCPUs()
 	if err != nil {
 		return nil, err
@@ -61,60 +77,75 @@ func NewRecorder(id uint64, filter string, pages int) (_ *Recorder, err error) {
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
 	for _, cpu := range cpus {
-		if err := r.add(id, cpu, filter, pages); err != nil {
-			return nil, fmt.Errorf("record tracepoint %d on cpu %d: %w", id, cpu, err)
+		g := &ring{}
+		r.rings = append(r.rings, g)
+		for _, tp := range c.Tracepoints {
+			if err := g.add(tp, cpu, c); err != nil {
+				return nil, fmt.Errorf("record tracepoint %d on cpu %d: %w", tp.ID, cpu, err)
+			}
 		}
 	}
 	for _, g := range r.rings {
-		if err := unix.IoctlSetInt(g.fd, unix.PERF_EVENT_IOC_ENABLE, 0); err != nil {
-			return nil, fmt.Errorf("PERF_EVENT_IOC_ENABLE: %w", err)
+		for _, fd := range g.fds {
+			if err := unix.IoctlSetInt(fd, unix.PERF_EVENT_IOC_ENABLE, 0); err != nil {
+				return nil, fmt.Errorf("PERF_EVENT_IOC_ENABLE: %w", err)
+			}
 		}
 	}
 	return r, nil
 }
 
-// add makes the ring of one CPU.
-func (r *Recorder) add(id uint64, cpu int, filter string, pages int) (err error) {
+// add has a tracepoint recorded in the ring, which is made for the first.
+func (g *ring) add(tp Tracepoint, cpu int, c RecorderConfig) error {
 	attr := unix.PerfEventAttr{
-		Type: unix.PERF_TYPE_TRACEPOINT, Size: attrSize, Config: id,
-		Sample: 1, Sample_type: sampleType, Wakeup: 1, // each pass is recorded, and ends a Wait
+		Type: unix.PERF_TYPE_TRACEPOINT, Size: attrSize, Config: tp.ID,
+		Sample: 1, Sample_type: sampleType, Wakeup: uint32(max(c.Wakeup, 1)), // each pass is recorded
 		Bits: unix.PerfBitDisabled | unix.PerfBitUseClockID, Clockid: unix.CLOCK_MONOTONIC,
 		Read_format: formatLost,
 	}
-	g := &ring{}
-	g.fd, err = unix.PerfEventOpen(&attr, -1, cpu, -1, unix.PERF_FLAG_FD_CLOEXEC)
+	fd, err := unix.PerfEventOpen(&attr, -1, cpu, -1, unix.PERF_FLAG_FD_CLOEXEC)
 	if errors.Is(err, unix.EINVAL) {
 		attr.Read_format = 0
-		g.fd, err = unix.PerfEventOpen(&attr, -1, cpu, -1, unix.PERF_FLAG_FD_CLOEXEC)
+		fd, err = unix.PerfEventOpen(&attr, -1, cpu, -1, unix.PERF_FLAG_FD_CLOEXEC)
 	}
 	if err != nil {
 		return fmt.Errorf("perf_event_open: %w", err)
 	}
-	r.rings = append(r.rings, g)
-	if filter != "" {
-		if err := setFilter(g.fd, filter); err != nil {
-			return fmt.Errorf("PERF_EVENT_IOC_SET_FILTER %q: %w", filter, err)
+	g.fds = append(g.fds, fd)
+	if tp.Filter != "" {
+		if err := setFilter(fd, tp.Filter); err != nil {
+			return fmt.Errorf("PERF_EVENT_IOC_SET_FILTER %q: %w", tp.Filter, err)
 		}
 	}
-	g.memory, err = unix.Mmap(g.fd, 0, (1+pages)*os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if len(g.fds) > 1 {
+		if err := unix.IoctlSetInt(fd, unix.PERF_EVENT_IOC_SET_OUTPUT, g.fds[0]); err != nil {
+			return fmt.Errorf("PERF_EVENT_IOC_SET_OUTPUT: %w", err)
+		}
+		return nil
+	}
+	g.memory, err = unix.Mmap(fd, 0, (1+c.Pages)*os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
-		return fmt.Errorf("mmap of %d pages: %w", 1+pages, err)
+		return fmt.Errorf("mmap of %d pages: %w", 1+c.Pages, err)
 	}
 	g.data = g.memory[os.Getpagesize():]
 	return nil
 }
 
-// Wait blocks until there is a record that may be new, or r was interrupted. The error is
-// os.ErrClosed once r is closed.
-func (r *Recorder) Wait() error {
+// Wait blocks until there is a record that may be new, or r was interrupted, or limit has
+// gone by, unless that is negative. The error is os.ErrClosed once r is closed.
+func (r *Recorder) Wait(limit time.Duration) error {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	fds := []unix.PollFd{{Fd: int32(r.wake), Events: unix.POLLIN}}
 	for _, g := range r.rings {
-		fds = append(fds, unix.PollFd{Fd: int32(g.fd), Events: unix.POLLIN})
+		fds = append(fds, unix.PollFd{Fd: int32(g.fds[0]), Events: unix.POLLIN})
+	}
+	timeout := -1
+	if limit >= 0 {
+		timeout = int(min((limit+time.Millisecond-1)/time.Millisecond, 1<<30))
 	}
 	for !r.closed.Load() {
-		switch _, err := unix.Poll(fds, -1); {
+		switch _, err := unix.Poll(fds, timeout); {
 		case errors.Is(err, unix.EINTR):
 		case err != nil:
 			return fmt.Errorf("poll perf events: %w", err)
@@ -162,6 +193,9 @@ func (r *Recorder) Read(fn func(Record)) error {
 //	writes over what was before it
 func (g *ring) read(fn func(Record)) error {
 	tail, head := g.position()
+	if tail == head {
+		return nil // nor is any lost: the ring has not been full
+	}
 	err := g.records(tail, head, fn)
 	g.release(head)
 	if lost, ok := g.countLost(); ok {
@@ -223,7 +257,9 @@ func (r *Recorder) Close() error {
 		if g.memory != nil {
 			errs = append(errs, unix.Munmap(g.memory))
 		}
-		errs = append(errs, unix.Close(g.fd))
+		for _, fd := range g.fds {
+			errs = append(errs, unix.Close(fd))
+		}
 	}
 	if r.wake >= 0 {
 		errs = append(errs, unix.Close(r.wake))

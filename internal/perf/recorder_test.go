@@ -7,8 +7,10 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"runtime"
 	"slices"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -149,7 +151,7 @@ func TestRecorder(t *testing.T) {
 	}
 	first := uint64(addressOf(mem))
 	filter := fmt.Sprintf("address >= %#x && address < %#x", first, first+npages/2*addr.PageSize)
-	r, err := NewRecorder(tp.ID, filter, 1)
+	r, err := NewRecorder(RecorderConfig{Tracepoints: []Tracepoint{{tp.ID, filter}}, Pages: 1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -159,7 +161,7 @@ func TestRecorder(t *testing.T) {
 	before := monotonic(t)
 	touch(npages - 1) // filtered out
 	touch(3)
-	if err := r.Wait(); err != nil {
+	if err := r.Wait(-1); err != nil {
 		t.Fatal(err)
 	}
 	var got []Record
@@ -208,12 +210,12 @@ func monotonic(t *testing.T) uint64 {
 
 func TestRecorderEnds(t *testing.T) {
 	tp := faults(t)
-	r, err := NewRecorder(tp.ID, "address == 1", 1)
+	r, err := NewRecorder(RecorderConfig{Tracepoints: []Tracepoint{{tp.ID, "address == 1"}}, Pages: 1})
 	if err != nil {
 		t.Fatal(err)
 	}
 	var waited error
-	done := gvmtest.Background(func() { waited = r.Wait() })
+	done := gvmtest.Background(func() { waited = r.Wait(-1) })
 	if err := r.Close(); err != nil {
 		t.Error(err)
 	}
@@ -230,13 +232,108 @@ func TestRecorderEnds(t *testing.T) {
 
 func TestRecorderErrors(t *testing.T) {
 	tp := faults(t)
-	if _, err := NewRecorder(tp.ID, "no_such_field == 1", 1); !errors.Is(err, unix.EINVAL) {
-		t.Errorf("a filter of what is not there: %v, want EINVAL", err)
+	good := Tracepoint{tp.ID, ""}
+	for name, c := range map[string]RecorderConfig{
+		"a filter of what is not there":               {Tracepoints: []Tracepoint{{tp.ID, "no_such_field == 1"}}, Pages: 1},
+		"a filter of what is not there in the second": {Tracepoints: []Tracepoint{good, {tp.ID, "no_such_field == 1"}}, Pages: 1},
+		"3 pages": {Tracepoints: []Tracepoint{good}, Pages: 3},
+	} {
+		if _, err := NewRecorder(c); !errors.Is(err, unix.EINVAL) {
+			t.Errorf("%s: %v, want EINVAL", name, err)
+		}
 	}
-	if _, err := NewRecorder(tp.ID, "", 3); !errors.Is(err, unix.EINVAL) {
-		t.Errorf("3 pages: %v, want EINVAL", err)
-	}
-	if _, err := NewRecorder(1<<31, "", 1); err == nil {
+	if _, err := NewRecorder(RecorderConfig{Tracepoints: []Tracepoint{{1 << 31, ""}}, Pages: 1}); err == nil {
 		t.Error("no such tracepoint, and no error")
+	}
+}
+
+// TestRecorderOfSeveral has two tracepoints passed in turns: they are told apart, in the order
+// in which they were passed, and so are losses of both.
+func TestRecorderOfSeveral(t *testing.T) {
+	gvmtest.Need(t, gvmtest.Tracepoints)
+	tr, err := tracefs.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tr.Close()
+	// No thread has such a number, and only this test asks for it.
+	const none = 1 << 30
+	var tps []Tracepoint
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var numbers []tracefs.Field
+	for _, name := range []string{"sys_enter_getpgid", "sys_enter_getsid"} {
+		tp, err := tr.Tracepoint("syscalls", name)
+		if err != nil {
+			gvmtest.Lack(t, gvmtest.Tracepoints, err)
+		}
+		f, err := tp.Field("pid")
+		if err != nil {
+			t.Fatal(err)
+		}
+		tps, numbers = append(tps, Tracepoint{tp.ID, fmt.Sprintf("pid >= %d && common_pid == %d", none, unix.Gettid())}), append(numbers, f)
+	}
+	const each = 8
+	r, err := NewRecorder(RecorderConfig{Tracepoints: tps, Pages: 1, Wakeup: each})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer onOneCPU(t)()
+	pass := func(n int) {
+		for i := range n {
+			_, _ = unix.Getpgid(none + 2*i)
+			_, _ = unix.Getsid(none + 2*i + 1)
+		}
+	}
+	pass(each/2 - 1)
+	if err := r.Wait(time.Millisecond); err != nil { // by the limit
+		t.Fatal(err)
+	}
+	pass(1)
+	if err := r.Wait(-1); err != nil { // by the number
+		t.Fatal(err)
+	}
+	n := 0
+	if err := r.Read(func(rec Record) {
+		which := n % 2
+		if v, ok := numbers[which].Uint(rec.Raw); rec.ID != tps[which].ID || !ok || int(v)%2 != which {
+			t.Errorf("record %d is of tracepoint %d, number %d; want %d", n, rec.ID, v, tps[which].ID)
+		}
+		n++
+	}); err != nil || n != each {
+		t.Errorf("%d records, %v; want %d", n, err, each)
+	}
+	const many = 500
+	pass(many)
+	recorded, lost := uint64(0), uint64(0)
+	if err := r.Read(func(rec Record) {
+		if lost += rec.Lost; rec.Lost == 0 {
+			recorded++
+		}
+	}); err != nil || lost == 0 || recorded+lost != 2*many {
+		t.Errorf("of %d passes %d were recorded and %d lost: %v", 2*many, recorded, lost, err)
+	}
+}
+
+// onOneCPU has the thread stay on one CPU, and returns what lets it go.
+func onOneCPU(t *testing.T) func() {
+	t.Helper()
+	var all, one unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &all); err != nil {
+		t.Fatal(err)
+	}
+	for cpu := 0; one.Count() == 0; cpu++ {
+		if all.IsSet(cpu) {
+			one.Set(cpu)
+		}
+	}
+	if err := unix.SchedSetaffinity(0, &one); err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		if err := unix.SchedSetaffinity(0, &all); err != nil {
+			t.Error(err)
+		}
 	}
 }
