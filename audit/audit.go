@@ -13,6 +13,7 @@ import (
 	"github.com/secondmmu/gvm/hostops"
 	"github.com/secondmmu/gvm/mm"
 	"github.com/secondmmu/gvm/shadow"
+	"github.com/secondmmu/gvm/trace"
 	"github.com/secondmmu/gvm/vm"
 )
 
@@ -21,9 +22,17 @@ import (
 type Config struct {
 	Seed     uint64
 	Duration time.Duration // 0: as long as it takes
-	Ops      uint64        // operations of the host; 0: as many as come
+	Ops      uint64        // changes by operations and by others; 0: as many as come
 	Round    int           // the only round to run, from 1; 0: all, from the first on
 	VCPUs    int           // at most, in a round; at least 1
+
+	// Pressure has the kernel compact all of the machine's memory now and then, in rounds
+	// whose watches can see it: pages of everybody move. It takes root.
+	Pressure bool
+
+	// Defect is a rule that is broken, by name, in a build with the tag gvm_defects; ""
+	// is none.
+	Defect string
 
 	// OnRound is called at the end of each round. nil: it is not.
 	OnRound func(*Round)
@@ -37,10 +46,14 @@ type Round struct {
 	Backing string  `json:"backing"`
 	Source  string  `json:"source"`
 	Policy  string  `json:"policy"`
-	Pages   uint64  `json:"pages"` // of RAM
-	Slots   int     `json:"slots"` // at most; 0: as many as KVM has
+	Watch   string  `json:"watch"`  // how changes by others are followed: none, events, trace, events+trace
+	Others  int     `json:"others"` // threads that change memory behind the machine's back
+	Alias   bool    `json:"alias"`  // RAM is shown at two places
+	Pages   uint64  `json:"pages"`  // of RAM
+	Slots   int     `json:"slots"`  // at most; 0: as many as KVM has
 	Epochs  int     `json:"epochs"`
 	Ops     uint64  `json:"ops"`
+	Strays  uint64  `json:"strays"` // changes by others
 	Seconds float64 `json:"seconds"`
 
 	Checks      map[View]uint64 `json:"checks"` // how many things of each view were compared
@@ -50,9 +63,10 @@ type Round struct {
 
 // Divergence is two views that are not the same.
 type Divergence struct {
-	View  View   `json:"view"`
-	Epoch int    `json:"epoch"`
-	What  string `json:"what"`
+	View  View     `json:"view"`
+	Epoch int      `json:"epoch"`
+	What  string   `json:"what"`
+	Trace []string `json:"trace,omitempty"` // what has to do with the page, as of package trace, oldest first
 }
 
 func (d Divergence) String() string { return fmt.Sprintf("epoch %d, %s: %s", d.Epoch, d.View, d.What) }
@@ -65,14 +79,27 @@ type Result struct {
 	Epochs      int                            `json:"epochs"`
 	Ops         uint64                         `json:"ops"`
 	Kinds       map[hostops.Kind]hostops.Count `json:"kinds"`
+	Strays      map[hostops.Kind]uint64        `json:"strays"`
 	Checks      map[View]uint64                `json:"checks"`
 	Divergences uint64                         `json:"divergences"`
 	Seconds     float64                        `json:"seconds"`
 }
 
+// Changes returns how many changes were audited: operations, and what others did.
+func (r *Result) Changes() uint64 {
+	n := r.Ops
+	for _, strays := range r.Strays {
+		n += strays
+	}
+	return n
+}
+
 // epochs is how many a round has: a machine is soon made, and another one is more
 // different than another epoch.
-const epochs = 20
+const epochs = 10
+
+// events is how many of the trace are kept.
+const events = 1 << 15
 
 // Run carries an audit out. Divergences are no error. If something fails, the error
 // names the round, and the result is of the rounds before and what there is of that one.
@@ -80,7 +107,7 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 	if c.VCPUs < 1 || c.VCPUs > guests.MaxVCPUs || c.Round < 0 || c.Duration < 0 {
 		return nil, fmt.Errorf("%w: %d vCPUs, round %d, %v", vm.ErrConfig, c.VCPUs, c.Round, c.Duration)
 	}
-	r := &Result{Seed: c.Seed, Kinds: map[hostops.Kind]hostops.Count{}, Checks: map[View]uint64{}}
+	r := &Result{Seed: c.Seed, Kinds: map[hostops.Kind]hostops.Count{}, Strays: map[hostops.Kind]uint64{}, Checks: map[View]uint64{}}
 	begin := time.Now()
 	defer func() { r.Seconds = time.Since(begin).Seconds() }()
 	for n := max(c.Round, 1); ; n++ {
@@ -88,7 +115,7 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 		if err != nil {
 			return r, fmt.Errorf("round %d of seed %d: %w", n, c.Seed, err)
 		}
-		if c.Round != 0 || c.Duration > 0 && time.Since(begin) >= c.Duration || c.Ops > 0 && r.Ops >= c.Ops {
+		if c.Round != 0 || c.Duration > 0 && time.Since(begin) >= c.Duration || c.Ops > 0 && r.Changes() >= c.Ops {
 			return r, nil
 		}
 	}
@@ -98,32 +125,53 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 func (c *Config) plan(n int) (*Round, epoch.Config, error) {
 	rng := rand.New(rand.NewPCG(c.Seed, uint64(n)))
 	pick := func(n int) int { return rng.IntN(n) }
-	r := &Round{Number: n, VCPUs: 1 + pick(c.VCPUs), Pages: uint64(4 + pick(60)), Checks: map[View]uint64{}, Divergences: []Divergence{}}
+	r := &Round{Number: n, VCPUs: 1 + pick(c.VCPUs), Pages: uint64(8 + pick(56)), Checks: map[View]uint64{}, Divergences: []Divergence{}}
 	machine := vm.Config{
 		RAM: r.Pages * addr.PageSize, VCPUs: r.VCPUs,
 		Backing: mm.Backing(pick(4)), // of those that need no file
 		Dirty:   vm.DirtySources()[pick(len(vm.DirtySources()))],
 		Policy:  shadow.Policy(pick(2)),
+		Log:     trace.NewLog(events),
 	}
 	if pick(4) == 0 {
-		machine.MaxSlots = 4 + pick(8) // numbers run out
+		machine.MaxSlots = 6 + pick(8) // numbers run out
 	}
+	if machine.Dirty != vm.WriteProtect {
+		machine.Watch = []vm.Watch{0, vm.WatchEvents, vm.WatchTrace, vm.WatchEvents | vm.WatchTrace}[pick(4)]
+	}
+	config := epoch.Config{
+		Guest: guests.Guest{}, Args: guests.Args{},
+		Epochs: epochs, Interval: time.Duration(1+pick(300)) * time.Millisecond, Rest: r.Pages * uint64(pick(2)), Random: true, Pages: r.Pages, Seed: rng.Uint64(), Verify: true,
+		Alias: pick(3) == 0, Defect: c.Defect,
+	}
+	switch {
+	case machine.Watch&vm.WatchEvents != 0:
+		r.Others = 1 + pick(2)
+	case machine.Watch != 0:
+		// What comes in the middle of an operation, and near it, would be taken for a part
+		// of that: there are no others.
+		r.Others, config.Random = 1, false
+	}
+	config.Pages -= uint64(r.Others) * ownPages
 	r.Backing, r.Source, r.Policy, r.Slots = machine.Backing.String(), machine.Dirty.String(), machine.Policy.String(), machine.MaxSlots
-	args := guests.Args{}
+	r.Watch, r.Alias = machine.Watch.String(), config.Alias
 	switch pick(4) {
 	case 0:
-		r.Guest, args["pages"], args["seed"] = "stamp", r.Pages, rng.Uint64()>>1|1
+		r.Guest, config.Args["pages"], config.Args["seed"] = "stamp", r.Pages, rng.Uint64()>>1|1
 	case 1:
-		r.Guest, args["pages"], args["rounds"] = "counter", r.Pages, 1<<62
+		r.Guest, config.Args["pages"], config.Args["rounds"] = "counter", r.Pages, 1<<62
 	default:
 		r.Guest = "probe"
 	}
-	g, err := guests.Lookup(r.Guest)
-	return r, epoch.Config{
-		Machine: machine, Guest: g, Args: args,
-		Epochs: epochs, Interval: time.Millisecond, Rest: 2, Random: true, Seed: rng.Uint64(), Verify: true,
-	}, err
+	var err error
+	config.Machine = machine
+	config.Guest, err = guests.Lookup(r.Guest)
+	return r, config, err
 }
+
+// ownPages is how many pages at the end of RAM are those of one of the others, from which
+// he takes memory away.
+const ownPages = 3
 
 // round carries round n out.
 func (r *Result) round(ctx context.Context, c *Config, n int) error {
@@ -131,15 +179,8 @@ func (r *Result) round(ctx context.Context, c *Config, n int) error {
 	if err != nil {
 		return err
 	}
-	a := &auditor{round: round, rng: rand.New(rand.NewPCG(config.Seed, 7))}
-	config.Paused, config.Quiet = a.paused, a.quiet
-	config.OnEpoch = func(e *epoch.Epoch) {
-		a.round.Checks[Dirty] += e.Dirty.Len()
-		for _, m := range e.Missing {
-			a.diverge(Dirty, "%v was not reported", m)
-		}
-		a.epoch++
-	}
+	a := newAuditor(round, &config, c.Pressure)
+	defer a.close()
 	got, err := epoch.Run(ctx, config)
 	if got != nil {
 		round.Epochs, round.Seconds = got.Epochs, got.Seconds
@@ -152,12 +193,16 @@ func (r *Result) round(ctx context.Context, c *Config, n int) error {
 			}
 		}
 	}
+	for kind, n := range a.strayKinds {
+		round.Strays += n
+		r.Strays[kind] += n
+	}
 	switch {
-	case got == nil && errors.Is(err, errors.ErrUnsupported):
+	case got == nil && (errors.Is(err, errors.ErrUnsupported) || lacks(err)):
 		round.NotRun, err = err.Error(), nil
 		r.NotRun++
 	case err != nil && ctx.Err() == nil:
-		err = fmt.Errorf("%s with %d vCPUs and %d pages of RAM, %s, %s, %s slots: %w", round.Guest, round.VCPUs, round.Pages, round.Backing, round.Source, round.Policy, err)
+		err = fmt.Errorf("%s: %w", round, err)
 	}
 	r.Rounds++
 	r.Epochs += round.Epochs

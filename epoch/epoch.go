@@ -1,6 +1,7 @@
 package epoch
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -31,11 +32,20 @@ type Config struct {
 
 	Script *hostops.Script // operations of the host; nil: none, unless Random
 	Random bool            // operations at random, and no Script
+	Pages  uint64          // of RAM, from the first on, that random operations are about; 0: all
 	Seed   uint64          // of operations, and of snapshots that fail
+
+	// Others returns who else changes the machine's memory, once the guest is in it. What
+	// they do has to be followed by a watch of the machine. nil: nobody.
+	Others func(*vm.Machine) ([]Other, error)
 
 	Verify     bool
 	WorkingSet bool   // take the working set of each epoch
 	Defect     string // in a build with the tag gvm_defects; "": none
+
+	// Alias has the guest shown its RAM a second time, from RAMEnd on: every page is at two
+	// frames, and changes at both.
+	Alias bool
 
 	// Paused is called in each epoch that is verified, after the comparison, with the guest
 	// paused and no operation in progress; Quiet in each epoch with the guest running and
@@ -45,6 +55,15 @@ type Config struct {
 
 	// OnEpoch is called at the end of each epoch. nil: it is not.
 	OnEpoch func(*Epoch)
+}
+
+// Other changes memory while the guest runs, in steps that a goroutine carries out one
+// after the other; several of them, and the runner of operations, at the same time. None is
+// in a step while the guest is paused, or Quiet is called, and what they did before has been
+// followed. In the end it gives back what it took.
+type Other interface {
+	Step(context.Context) error
+	Restore(context.Context) error
 }
 
 // Epoch is one of a run. Times are in nanoseconds.
@@ -117,11 +136,12 @@ type run struct {
 	config Config
 	m      *vm.Machine
 	runner *hostops.Runner // nil: there are no operations
-	copy   *mirror         // nil: the run is not verified
+	others []Other
+	copy   *mirror // nil: the run is not verified
 	rng    *rand.Rand
 
-	opsMu    sync.Mutex // held while an operation is carried out
-	compared uint64     // operations carried out when the copy was last compared
+	opsMu    sync.RWMutex // read-held in a step of operations, or of others
+	compared uint64       // operations carried out when the copy was last compared
 	result   Result
 }
 
@@ -173,10 +193,9 @@ func (r *run) epochs(ctx context.Context, cancel context.CancelCauseFunc) error 
 		}
 		if n == r.config.Epochs || r.result.Exited {
 			// Nothing is to be missing from the last comparison.
-			if stopOps(); r.runner != nil {
-				if err := r.runner.Restore(ctx); err != nil {
-					return err
-				}
+			stopOps()
+			if err := r.restore(ctx); err != nil {
+				return err
 			}
 		}
 		if err := r.epoch(ctx, n); err != nil {
@@ -184,6 +203,19 @@ func (r *run) epochs(ctx context.Context, cancel context.CancelCauseFunc) error 
 		}
 	}
 	return nil
+}
+
+// restore has all memory given back.
+func (r *run) restore(ctx context.Context) error {
+	for _, o := range r.others {
+		if err := o.Restore(ctx); err != nil {
+			return err
+		}
+	}
+	if r.runner == nil {
+		return nil
+	}
+	return r.runner.Restore(ctx)
 }
 
 // errDone ends the guest at the end of a run.
@@ -225,6 +257,11 @@ func (r *run) open() (err error) {
 	if err := setDefect(r.m, c.Defect); err != nil {
 		return err
 	}
+	if c.Alias {
+		if err := r.m.Show(r.m.RAM(), r.m.RAMEnd()); err != nil {
+			return err
+		}
+	}
 	if err := r.m.Boot(c.Guest, c.Args); err != nil {
 		return err
 	}
@@ -232,8 +269,14 @@ func (r *run) open() (err error) {
 }
 
 func (r *run) openOps() (err error) {
-	if c := &r.config; c.Script != nil || c.Random {
-		r.runner, err = NewRunner(r.m, c.Script, c.Seed, 0)
+	c := &r.config
+	if c.Script != nil || c.Random {
+		if r.runner, err = newRunner(r.m, c.Script, c.Pages, c.Seed, 0); err != nil {
+			return err
+		}
+	}
+	if c.Others != nil {
+		r.others, err = c.Others(r.m)
 	}
 	return err
 }
@@ -243,9 +286,14 @@ func (r *run) openOps() (err error) {
 // hostops.Config. The error is vm.ErrConfig if the script is about pages that the machine
 // does not have.
 func NewRunner(m *vm.Machine, script *hostops.Script, seed uint64, pace time.Duration) (*hostops.Runner, error) {
+	return newRunner(m, script, 0, seed, pace)
+}
+
+// newRunner is NewRunner, with random operations on some pages of RAM; 0: all.
+func newRunner(m *vm.Machine, script *hostops.Script, pages, seed uint64, pace time.Duration) (*hostops.Runner, error) {
 	ops := hostops.Config{Target: Target(m), Script: script, Seed: seed, Pace: pace}
 	if script == nil {
-		random := hostops.RandomConfig{Seed: seed, Pages: m.RAM().Range.NPages(), Backing: m.RAM().Backing, Missing: 3}
+		random := hostops.RandomConfig{Seed: seed, Pages: cmp.Or(pages, m.RAM().Range.NPages()), Backing: m.RAM().Backing, Missing: 3}
 		if m.Spare() != nil {
 			random.Spare = m.Spare().Range.NPages()
 		}
@@ -283,10 +331,13 @@ func (r *run) begin(ctx context.Context) error {
 	if err := h.Commit(); err != nil || !c.Verify {
 		return err
 	}
-	first := guests.RAMBase.GFN()
 	all := []addr.GFNRange{
 		{Start: 0, End: addr.GFN(guests.BootSize >> addr.PageShift)},
-		{Start: first, End: first + addr.GFN(c.Machine.RAM>>addr.PageShift)},
+		{Start: guests.RAMBase.GFN(), End: r.m.RAMEnd().GFN()},
+	}
+	if c.Alias {
+		n := addr.GFN(c.Machine.RAM >> addr.PageShift)
+		all = append(all, addr.GFNRange{Start: all[1].End, End: all[1].End + n})
 	}
 	if r.copy, err = newMirror(r.m, all...); err != nil {
 		return err
@@ -297,30 +348,44 @@ func (r *run) begin(ctx context.Context) error {
 	return err
 }
 
-// startOps has operations carried out until the function that it returns is called. If
-// one fails, it cancels the run.
+// startOps has operations carried out, and others do what they do, until the function that
+// it returns is called. If one fails, it cancels the run.
 func (r *run) startOps(ctx context.Context, cancel context.CancelCauseFunc) (stop func()) {
-	if r.runner == nil {
-		return func() {}
+	steps := make([]func(context.Context) error, 0, 1+len(r.others))
+	if r.runner != nil {
+		steps = append(steps, r.runner.Step)
+	}
+	for _, o := range r.others {
+		steps = append(steps, o.Step)
 	}
 	ctx, end := context.WithCancel(ctx)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		rng := rand.New(rand.NewPCG(r.config.Seed, 2))
-		for ctx.Err() == nil {
-			r.opsMu.Lock()
-			err := r.runner.Step(ctx)
-			r.opsMu.Unlock()
-			if err != nil && ctx.Err() == nil {
-				cancel(err)
-				return
+	var all sync.WaitGroup
+	for i, step := range steps {
+		all.Go(func() {
+			rng := rand.New(rand.NewPCG(r.config.Seed, uint64(2+i)))
+			for ctx.Err() == nil {
+				r.opsMu.RLock()
+				begin := time.Now()
+				err := step(ctx)
+				took := time.Since(begin)
+				r.opsMu.RUnlock()
+				if err != nil && ctx.Err() == nil {
+					cancel(err)
+					return
+				}
+				// The guest must get on between two operations, or there is nothing to see; and
+				// so must whoever reads its memory, with several at work.
+				time.Sleep(50*time.Microsecond + time.Duration(rng.Int64N(int64(300*time.Microsecond))) + time.Duration(len(steps)-1)*took)
 			}
-			// The guest must get on between two operations, or there is nothing to see.
-			time.Sleep(50*time.Microsecond + time.Duration(rng.Int64N(int64(300*time.Microsecond))))
-		}
-	}()
-	return func() { end(); <-done }
+		})
+	}
+	return func() { end(); all.Wait() }
+}
+
+// quiesce returns when nobody is in a step, and what was done is followed.
+func (r *run) quiesce() {
+	r.opsMu.Lock()
+	r.m.Memory().Follow()
 }
 
 // wait returns at the end of an interval, or when the guest has come to its end.
@@ -352,7 +417,7 @@ func (r *run) epoch(ctx context.Context, n int) (err error) {
 		spurious = r.copy.spurious
 	}
 	e.Checkpoint, err = r.m.Checkpoint(ctx, vm.CheckpointConfig{
-		Rest: r.config.Rest, Quiesce: r.opsMu.Lock, Resume: r.opsMu.Unlock,
+		Rest: r.config.Rest, Quiesce: r.quiesce, Resume: r.opsMu.Unlock,
 		Save: func(h *dirty.Harvest, paused bool) error {
 			if failing && (paused || r.rng.IntN(2) == 0) {
 				e.Failed = true
@@ -400,7 +465,7 @@ func (r *run) epoch(ctx context.Context, n int) (err error) {
 }
 
 func (r *run) quiet(ctx context.Context) error {
-	r.opsMu.Lock()
+	r.quiesce()
 	defer r.opsMu.Unlock()
 	return r.config.Quiet(ctx, r.m)
 }
@@ -441,7 +506,7 @@ func (r *run) lostBy(gfn addr.GFN) string {
 	if r.runner == nil || gfn < first {
 		return ""
 	}
-	rec, ok := r.runner.Last(uint64(gfn - first))
+	rec, ok := r.runner.Last(uint64(gfn-first) % (r.config.Machine.RAM >> addr.PageShift)) // of an alias, too
 	if !ok || rec.N <= r.compared {
 		return ""
 	}

@@ -21,16 +21,20 @@ func auditCommand() *cli.Command {
 		Name:  "audit",
 		Usage: "run guests under random operations of the host, and compare every view of their memory",
 		Description: `Each round is a machine of its own: its guest, vCPUs, memory, dirty source, slot
-policy and operations follow from the seed. What diverges is printed as it is found,
-and the exit status is 1. "gvm audit --seed N --round N" runs one round again.
+policy, watches and operations follow from the seed; and in rounds with a watch code
+that does not know the machine changes its memory, too. What diverges is printed as it
+is found, with the trace of the page, and the exit status is 1. "gvm audit --seed N
+--round N" runs one round again. Rounds whose watch the machine does not have are
+counted as not run.
 
 With --json each round is a line, and then the result; "kind" says which.`,
 		Flags: []cli.Flag{
 			&cli.DurationFlag{Name: "duration", Value: 10 * time.Second, Destination: &cfg.Duration, Usage: "end with the first round that is over after `DURATION`; 0: with --ops alone"},
-			&cli.Uint64Flag{Name: "ops", Destination: &cfg.Ops, DefaultText: "no limit", Usage: "end with the first round after which there were `N` operations"},
+			&cli.Uint64Flag{Name: "ops", Destination: &cfg.Ops, DefaultText: "no limit", Usage: "end with the first round after which there were `N` changes of mappings"},
 			&cli.Uint64Flag{Name: "seed", Destination: &cfg.Seed, DefaultText: "random, and printed", Usage: "choose everything by `N`, not 0"},
 			&cli.IntFlag{Name: "round", Destination: &cfg.Round, DefaultText: "all", Usage: "run round `N` alone"},
 			&cli.IntFlag{Name: "vcpus", Value: 2, Destination: &cfg.VCPUs, Usage: "give guests up to `N` vCPUs; it changes what rounds are"},
+			&cli.BoolFlag{Name: "pressure", Destination: &cfg.Pressure, DisableDefaultText: true, Usage: "have the kernel compact all memory of this machine now and then, which takes root"},
 			jsonFlag(),
 		},
 		Action: func(c *cli.Context) error {
