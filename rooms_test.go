@@ -23,9 +23,10 @@ const module = "github.com/secondmmu/gvm/"
 // rooms is what each package may import of the module, and from outside of it
 // apart from the standard library. Imports point down this list.
 var rooms = []struct{ name, imports string }{
-	{"cmd/gvm", "audit demo doctor epoch hostops vm shadow mm guests trace addr github.com/urfave/cli/v2 github.com/schollz/progressbar/v3 golang.org/x/term golang.org/x/sys/unix"},
+	{"cmd/gvm", "audit demo doctor epoch hostops litmus vm shadow mm notifier guests trace addr github.com/urfave/cli/v2 github.com/schollz/progressbar/v3 golang.org/x/term golang.org/x/sys/unix"},
 	{"demo", "vm mm guests trace addr"},
-	{"audit", "epoch vm hostops shadow mm kvm guests addr golang.org/x/sys/unix"},
+	{"audit", "epoch vm hostops shadow mm kvm guests trace internal/pagemap internal/tracefs internal/perf addr golang.org/x/sys/unix"},
+	{"litmus", "vm shadow mm notifier kvm guests internal/hostmem addr golang.org/x/sys/unix golang.org/x/arch/x86/x86asm"},
 	{"epoch", "vm hostops dirty guests addr golang.org/x/sys/unix"},
 	{"doctor", "vm mm kvm guests internal/uffd internal/pagemap internal/tracefs internal/perf addr golang.org/x/sys/unix"},
 	{"vm", "shadow mm dirty kvm guests trace internal/lockorder addr golang.org/x/sys/unix golang.org/x/arch/x86/x86asm"},
@@ -138,18 +139,23 @@ func TestREADME(t *testing.T) {
 				continue
 			}
 			ran++
-			out, err := exec.Command("sh", "-c", command).Output()
-			if err != nil {
-				t.Errorf("%s: %v", command, err)
-			}
-			if want == "" {
-				continue // nothing is shown
-			}
-			got := times.ReplaceAllString(string(bytes.TrimSpace(out)), "T ms")
-			want = times.ReplaceAllString(strings.TrimSpace(want), "T ms")
-			if diff := cmp.Diff(want, got); diff != "" {
-				t.Errorf("%s prints (-README +got):\n%s", command, diff)
-			}
+			t.Run(command, func(t *testing.T) {
+				if strings.Contains(command, "--watch trace") {
+					gvmtest.Need(t, gvmtest.Tracepoints)
+				}
+				out, err := exec.Command("sh", "-c", command).Output()
+				if err != nil {
+					t.Errorf("%s: %v", command, err)
+				}
+				if want == "" {
+					return // nothing is shown
+				}
+				got := times.ReplaceAllString(string(bytes.TrimSpace(out)), "T ms")
+				want = times.ReplaceAllString(strings.TrimSpace(want), "T ms")
+				if diff := cmp.Diff(want, got); diff != "" {
+					t.Errorf("%s prints (-README +got):\n%s", command, diff)
+				}
+			})
 		}
 	}
 	if ran < 3 {
