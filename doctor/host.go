@@ -25,6 +25,8 @@ type machine struct {
 	tryUserfaultfd func() (userfaultfd, error)
 	tryScan        func() (errScan, errTrack error)
 	tryTracepoint  func() tracepoint
+	watchEvents    func() error
+	watchTrace     func() error
 	timeDiscard    func() (time.Duration, error)
 	tryKVM         func() (capabilities, error)
 	timeGuest      func(ctx context.Context, measure string) (ns float64, err error)
@@ -190,6 +192,19 @@ func checkUserfaultfd(m *machine) Check {
 		detail = append(detail, "user-mode faults only: inside KVM_RUN they are EFAULT")
 		remedies = append(remedies, permit)
 	}
+	errWatch := m.watchEvents()
+	c.Values["event_watch"] = errWatch == nil
+	switch {
+	case errWatch == nil:
+		detail = append(detail, "changes by others can be watched")
+	case errors.Is(errWatch, fs.ErrPermission):
+		remedies = append(remedies, "run as root to watch changes by others")
+	case lacking == 0:
+		remedies = append(remedies, "use a kernel built with CONFIG_PROC_PAGE_MONITOR=y to watch changes by others")
+	}
+	if errWatch != nil {
+		detail = append(detail, fmt.Sprintf("changes by others cannot be watched: %v", errWatch))
+	}
 	if lacking != 0 {
 		detail = append(detail, fmt.Sprintf("the kernel lacks %v", lacking))
 		remedies = append(remedies, "use Linux 6.7 or later, built with CONFIG_PTE_MARKER_UFFD_WP=y")
@@ -227,7 +242,8 @@ func checkPagemapScan(m *machine) Check {
 // tracepoint is how far the tracepoint that gvm follows can be reached: the
 // first step that failed has its error.
 type tracepoint struct {
-	id uint64
+	id      uint64
+	lacking []string // of what else KVM tells, what it does not
 
 	errTracefs error // opening tracefs
 	errLookup  error // finding the tracepoint there
@@ -252,16 +268,46 @@ func checkTracepoints(m *machine) Check {
 		c.Remedy = "run as root"
 		return c.found(Missing, "%v", tp.errLookup)
 	}
-	c.Values = map[string]any{"id": tp.id, "all_cpus": tp.errAllCPUs == nil, "thread": tp.errAllCPUs == nil || tp.errThread == nil}
+	c.Values = map[string]any{"id": tp.id, "all_cpus": tp.errAllCPUs == nil, "thread": tp.errAllCPUs == nil || tp.errThread == nil, "lacking": append([]string{}, tp.lacking...)}
 	switch {
 	case tp.errAllCPUs == nil:
-		return c.found(OK, "%s can be followed on all CPUs", tracepointName)
+		return c.watchable(m.watchTrace(), tp.lacking)
 	case tp.errThread == nil:
 		c.Remedy = permit
 		return c.found(Limited, "%s can be counted in one thread, not followed: %v", tracepointName, tp.errAllCPUs)
 	}
 	c.Remedy = permit
 	return c.found(Missing, "%v", tp.errThread)
+}
+
+// watchable returns c for a tracepoint that can be followed, where errWatch is why changes by
+// others cannot be watched by it all the same.
+func (c Check) watchable(errWatch error, lacking []string) Check {
+	detail, remedies := []string{tracepointName + " can be followed on all CPUs"}, []string{}
+	c.Values["trace_watch"] = errWatch == nil
+	switch {
+	case errWatch == nil:
+		detail = append(detail, "changes by others can be watched")
+	case errors.Is(errWatch, fs.ErrPermission):
+		remedies = append(remedies, "run as root, or raise ulimit -l, to watch changes by others")
+	case errors.Is(errWatch, unix.ENOMEM):
+		remedies = append(remedies, "free some memory, of which each CPU's ring takes 256 KiB")
+	default:
+		remedies = append(remedies, "use another kernel to watch changes by others")
+	}
+	if errWatch != nil {
+		detail = append(detail, fmt.Sprintf("changes by others cannot be watched: %v", errWatch))
+	}
+	if len(lacking) > 0 {
+		detail = append(detail, "the kernel lacks "+strings.Join(lacking, ", "))
+		remedies = append(remedies, "use a newer kernel for "+strings.Join(lacking, ", "))
+	}
+	c.Remedy = strings.Join(remedies, "; ")
+	status := Limited
+	if len(remedies) == 0 {
+		status = OK
+	}
+	return c.found(status, "%s", strings.Join(detail, ", "))
 }
 
 func checkPerfEventParanoid(m *machine) Check {

@@ -62,6 +62,8 @@ func completeMachine() *fakeMachine {
 	}
 	m.tryScan = func() (errScan, errTrack error) { return nil, nil }
 	m.tryTracepoint = func() tracepoint { return tracepoint{id: 42} }
+	m.watchEvents = func() error { return nil }
+	m.watchTrace = func() error { return nil }
 	m.timeDiscard = func() (time.Duration, error) { return 1250 * time.Nanosecond, nil }
 	m.tryKVM = func() (capabilities, error) { return allCapabilities(), nil }
 	m.guestTimes(nil)
@@ -137,6 +139,13 @@ func TestHostChecks(t *testing.T) {
 		}, Limited},
 		{"old kernel", checkUserfaultfd, func(m *fakeMachine) {
 			m.userfaultfd(userfaultfd{uffd.Syscall, true, usedFeatures &^ (uffd.WPAsync | uffd.WPUnpopulated), 0}, nil)
+			m.watchEvents = func() error { return failed("UFFDIO_API", unix.EINVAL) }
+		}, Limited},
+		{"no watch", checkUserfaultfd, func(m *fakeMachine) {
+			m.watchEvents = func() error { return failed("open /proc/self/pagemap", unix.ENOENT) }
+		}, Limited},
+		{"watch not permitted", checkUserfaultfd, func(m *fakeMachine) {
+			m.watchEvents = func() error { return failed("open /proc/self/pagemap", unix.EACCES) }
 		}, Limited},
 		{"not permitted", checkUserfaultfd, func(m *fakeMachine) {
 			m.userfaultfd(userfaultfd{}, failed("userfaultfd(2)", unix.EPERM))
@@ -152,6 +161,16 @@ func TestHostChecks(t *testing.T) {
 
 		{"complete", checkTracepoints, func(*fakeMachine) {}, OK},
 		{"one thread", checkTracepoints, trace(tracepoint{id: 42, errAllCPUs: failed("perf_event_open", unix.EACCES)}), Limited},
+		{"no watch", checkTracepoints, func(m *fakeMachine) {
+			m.watchTrace = func() error { return failed("PERF_EVENT_IOC_SET_FILTER", unix.EINVAL) }
+		}, Limited},
+		{"watch not permitted", checkTracepoints, func(m *fakeMachine) {
+			m.watchTrace = func() error { return failed("mmap of 65 pages", unix.EPERM) }
+		}, Limited},
+		{"no memory for a watch", checkTracepoints, func(m *fakeMachine) {
+			m.watchTrace = func() error { return failed("mmap of 65 pages", unix.ENOMEM) }
+		}, Limited},
+		{"fewer tracepoints", checkTracepoints, trace(tracepoint{id: 42, lacking: []string{"kvm:kvm_age_hva", "kvm:kvm_test_age_hva"}}), Limited},
 		{"perf not permitted", checkTracepoints, trace(tracepoint{id: 42,
 			errAllCPUs: failed("perf_event_open on cpu 0", unix.EPERM), errThread: failed("perf_event_open", unix.EPERM)}), Missing},
 		{"no KVM", checkTracepoints, trace(tracepoint{errLookup: failed("tracefs: open id", unix.ENOENT)}), Missing},

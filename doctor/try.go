@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -14,6 +16,7 @@ import (
 	"github.com/secondmmu/gvm/internal/perf"
 	"github.com/secondmmu/gvm/internal/tracefs"
 	"github.com/secondmmu/gvm/internal/uffd"
+	"github.com/secondmmu/gvm/mm"
 )
 
 func thisMachine() *machine {
@@ -22,6 +25,8 @@ func thisMachine() *machine {
 		tryUserfaultfd: tryUserfaultfd,
 		tryScan:        tryScan,
 		tryTracepoint:  tryTracepoint,
+		watchEvents:    watchEvents,
+		watchTrace:     watchTrace,
 		timeDiscard:    timeDiscard,
 		tryKVM:         tryKVM,
 		timeGuest:      timeGuest,
@@ -120,6 +125,10 @@ const (
 	tracepointName   = tracepointSystem + ":" + tracepointEvent
 )
 
+// furtherTracepoints tell of KVM's other work: that it ages pages, and that a guest faults.
+// Of some, one is enough.
+var furtherTracepoints = []string{"kvm:kvm_age_hva", "kvm:kvm_test_age_hva", "kvm:kvm_page_fault|kvmmmu:kvm_mmu_spte_requested"}
+
 func tryTracepoint() (tp tracepoint) {
 	tr, err := tracefs.Open()
 	if err != nil {
@@ -128,6 +137,15 @@ func tryTracepoint() (tp tracepoint) {
 	defer tr.Close()
 	if tp.id, err = tr.TracepointID(tracepointSystem, tracepointEvent); err != nil {
 		return tracepoint{errLookup: err}
+	}
+	for _, name := range furtherTracepoints {
+		if !slices.ContainsFunc(strings.Split(name, "|"), func(name string) bool {
+			system, event, _ := strings.Cut(name, ":")
+			_, err := tr.TracepointID(system, event)
+			return err == nil
+		}) {
+			tp.lacking = append(tp.lacking, name)
+		}
 	}
 	if tp.errAllCPUs = count(tp.id, perf.AllCPUs); tp.errAllCPUs != nil {
 		tp.errThread = count(tp.id, perf.ThisThread)
@@ -144,6 +162,66 @@ func count(id uint64, scope perf.Scope) error {
 	defer c.Close()
 	_, err = c.Count()
 	return err
+}
+
+// watchEvents discards a page behind the back of memory that is watched, and returns why
+// that cannot be done, or is not seen.
+func watchEvents() (err error) {
+	m, ram, err := newMemory()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, m.Close()) }()
+	seen := make(chan mm.Stray, 1)
+	w, err := m.WatchEvents(mm.EventConfig{Report: func(s mm.Stray) {
+		select {
+		case seen <- s:
+		default:
+		}
+	}})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, w.Close()) }()
+	if err := m.Store64(ram.Range.Start, 1); err != nil {
+		return err
+	}
+	if _, _, errno := unix.Syscall(unix.SYS_MADVISE, uintptr(ram.Range.Start), addr.PageSize, unix.MADV_DONTNEED); errno != 0 {
+		return fmt.Errorf("MADV_DONTNEED: %w", errno)
+	}
+	select {
+	case s := <-seen:
+		if s.Op != mm.OpStrayRemove || s.Range.Start != ram.Range.Start {
+			return fmt.Errorf("the discard of %v was seen as %v", ram.Range, s)
+		}
+		return s.Err
+	case <-time.After(time.Second):
+		return errors.New("a discard was not seen")
+	}
+}
+
+// watchTrace watches memory that no guest has, of which there is nothing to be seen.
+func watchTrace() (err error) {
+	m, _, err := newMemory()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, m.Close()) }()
+	w, err := m.WatchTrace(mm.TraceConfig{Report: func(mm.Stray) {}})
+	if err != nil {
+		return err
+	}
+	return w.Close()
+}
+
+// newMemory returns memory of one page.
+func newMemory() (*mm.Memory, *mm.Region, error) {
+	m := mm.New(nil)
+	ram, err := m.NewRegion(mm.RegionConfig{Name: "ram", Size: addr.PageSize})
+	if err != nil {
+		return nil, nil, errors.Join(err, m.Close())
+	}
+	return m, ram, nil
 }
 
 // timeDiscard returns the median time that the discard of one resident page takes.

@@ -46,28 +46,41 @@
 //	on fault   each time that a vCPU touches a page that is not there
 //	then       straight after the line before, each time that this has been carried out
 //
+// A mark is a number that a guest tells the host: the guest counter, with the parameter
+// mark=N, the number of each Nth round.
+//
 // Pages are those of RAM, counted from 0. The range 16..20 has the pages 16 to 19. A random
 // page, or run of N pages, is chosen anew each time. In a line with "on fault", the pages "it"
 // are the page that was touched; in one with "then", those of the line before. Where a
 // number follows the pages, as in fill, "random" takes one before it for N if there
 // are two.
 //
-// What:
+// What, which is a method of [mm.Memory] with nearly that name, or a store of the machine:
 //
-//	unmap, discard, ...   the operation of [mm.Memory] of that name
-//	map                   pages as they were at first; those that were moved away come home
-//	protect               leave no access, loads only, or all: "write" includes reading
-//	populate              make pages present, as loads or stores would
-//	remap ... to spare    move pages that are not there yet to free addresses of the spare region
-//	remap ... back        move pages home that are elsewhere
-//	remap-keep            move the pages' content to free addresses of the spare region, and leave it
-//	truncate              end the file of RAM behind so many pages of that, or behind all
-//	store                 8 bytes, by the host, as the machine does it; the offset, 0 if it is not
-//	                      given, is a multiple of 8 below the page size; of several pages, in the first
-//	fill                  all bytes of the pages, by the host, as the machine does it
+//	unmap                  take the pages away; addresses stay reserved: mmap PROT_NONE, MAP_FIXED
+//	map                    pages as they were at first; those that were moved away come home
+//	protect                leave no access, loads only, or all: "write" includes reading; mprotect
+//	discard                madvise MADV_DONTNEED: private memory reads zero, or as its file
+//	punch                  fallocate PUNCH_HOLE, of the file of RAM
+//	remove                 madvise MADV_REMOVE: a hole in shared memory
+//	free                   madvise MADV_FREE: the kernel may drop what is not written again
+//	populate               make pages present, as loads or stores would: MADV_POPULATE_READ, _WRITE
+//	pageout                madvise MADV_PAGEOUT: reclaim them, to swap or to their file
+//	collapse               madvise MADV_COLLAPSE: into a huge page
+//	mergeable, unmergeable madvise: let KSM merge the pages with others that are the same, or not
+//	guard, unguard         madvise MADV_GUARD_INSTALL, _REMOVE: no access, without a new mapping; Linux 6.13
+//	remap ... to spare     move pages that are not there yet to free addresses of the spare region
+//	remap ... back         move pages home that are elsewhere
+//	remap-keep             move the pages' content to free addresses of the spare region, and leave it
+//	truncate               end the file of RAM behind so many pages of that, or behind all
+//	store                  8 bytes, by the host, as the machine does it; the offset, 0 if it is not
+//	                       given, is a multiple of 8 below the page size; of several pages, in the first
+//	fill                   all bytes of the pages, by the host, as the machine does it
 //
 // What the kernel refuses ends the run: most operations are for pages that are mapped, and
 // only unmap and map are for all.
+//
+// Scripts to begin with are in the directory examples/host-ops of the module.
 //
 // # Pieces
 //

@@ -155,7 +155,7 @@ func TestKindsInDoc(t *testing.T) {
 // FuzzParse: a text is a script or an error with a position in it, and never both; a
 // script is what it says of itself.
 func FuzzParse(f *testing.F) {
-	names, err := filepath.Glob("testdata/*.ops")
+	names, err := filepath.Glob(examples)
 	if err != nil || len(names) == 0 {
 		f.Fatal(names, err)
 	}

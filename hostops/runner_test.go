@@ -279,10 +279,13 @@ func TestRecordJSON(t *testing.T) {
 	}
 }
 
-// TestExamples runs the scripts in testdata on a guest that writes all of its pages, in turn,
-// and waits where one is missing.
+// examples are the scripts that users are shown. Package main runs them under real guests.
+const examples = "../examples/host-ops/*.ops"
+
+// TestExamples runs the examples on a guest that writes all of its pages, in turn, and waits
+// where one is missing.
 func TestExamples(t *testing.T) {
-	names, err := filepath.Glob("testdata/*.ops")
+	names, err := filepath.Glob(examples)
 	if err != nil || len(names) == 0 {
 		t.Fatal(names, err)
 	}
@@ -311,7 +314,7 @@ func runExample(t *testing.T, script *Script) {
 	ended := gvmtest.Background(func() { runErr = r.Run(ctx) })
 	rounds := 0
 	for ctx.Err() == nil {
-		r.Mark(1)
+		r.Mark(uint32(1000 * rounds)) // as counter does, with mark=1000
 		for page := range g.pages() {
 			for ctx.Err() == nil {
 				err := g.Store64(page, 0, uint64(rounds))

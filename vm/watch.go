@@ -2,6 +2,8 @@ package vm
 
 import (
 	"fmt"
+	"io"
+	"slices"
 	"strings"
 
 	"github.com/secondmmu/gvm/mm"
@@ -32,21 +34,32 @@ func (w Watch) String() string {
 	return strings.Join(names, "+")
 }
 
+// WatchError is what errors.As finds in the error of New for a watch that this machine, or
+// this process, may not have.
+type WatchError struct {
+	Watch Watch // one of them
+	Err   error // as mm.Memory.WatchEvents or WatchTrace returned it
+}
+
+func (e *WatchError) Error() string { return e.Err.Error() }
+func (e *WatchError) Unwrap() error { return e.Err }
+
 // watch begins to watch the machine's memory.
 func (m *Machine) watch() error {
 	if m.config.Watch&WatchEvents != 0 {
 		w, err := m.memory.WatchEvents(mm.EventConfig{Report: m.config.OnStray})
 		if err != nil {
-			return err
+			return &WatchError{WatchEvents, err}
 		}
 		m.watches = append(m.watches, w)
 	}
 	if m.config.Watch&WatchTrace != 0 {
 		w, err := m.memory.WatchTrace(mm.TraceConfig{Report: m.config.OnStray})
 		if err != nil {
-			return err
+			return &WatchError{WatchTrace, err}
 		}
-		m.watches = append(m.watches, w)
+		// It is closed first: what the end of the other one does, KVM is told of.
+		m.watches = slices.Insert(m.watches, 0, io.Closer(w))
 	}
 	return nil
 }

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"os"
 	"slices"
 	"strings"
@@ -61,6 +60,9 @@ the snapshot is made to fail, and what it had must come again.
 --host-ops has the host change the mappings of guest memory meanwhile: at random,
 or by a script, one operation a line, such as "every 1ms discard random 2".
 
+--watch has changes that others make followed, and the pages that they are of be dirty.
+It does not go with wp, which is left out then.
+
 A heat map has guest memory from left to right and epochs from top to bottom, and
 is the brighter, the more of the pages were dirty.
 
@@ -75,8 +77,9 @@ Times are in nanoseconds.`, strings.Join(sourceNames(), ", "), strings.Join(dirt
 			&cli.BoolFlag{Name: "verify", Destination: &cfg.run.Verify, DisableDefaultText: true, Usage: "compare a copy that learns of changes by harvests alone with memory"},
 			&cli.BoolFlag{Name: "working-set", Destination: &cfg.run.WorkingSet, DisableDefaultText: true,
 				Usage: "count the pages that were used, too: by the machine itself and, where the host has idle page tracking, by anybody"},
-			&cli.StringFlag{Name: "host-ops", Destination: &cfg.hostOps, DefaultText: "none", Usage: "carry out the operations of the script `FILE`, or random ones with \"random\""},
+			hostOpsFlag(&cfg.hostOps),
 			&cli.Uint64Flag{Name: "seed", Destination: &cfg.run.Seed, DefaultText: "random, and printed", Usage: "choose operations, and snapshots that fail, by `N`, not 0"},
+			watchFlag(&m.Watch),
 			&cli.StringFlag{Name: "heatmap", Destination: &cfg.heatmap, DefaultText: "none", Usage: "write a heat map to `FILE`, as a PNG"},
 			&cli.GenericFlag{Name: "mem", Value: (*size)(&m.RAM), Usage: "give the guest `SIZE` of RAM: in MiB, or with a suffix K, M or G"},
 			&cli.IntFlag{Name: "vcpus", Value: 1, Destination: &m.VCPUs, Usage: "give the guest `N` vCPUs"},
@@ -145,7 +148,7 @@ func (cfg *dirtyConfig) parse(args []string) (err error) {
 		return err
 	}
 	if c.Seed == 0 {
-		c.Seed = rand.Uint64() | 1
+		c.Seed = chooseSeed()
 	}
 	c.Script, c.Random, err = readHostOps(cfg.hostOps)
 	return err
@@ -175,6 +178,7 @@ type (
 // all has been printed.
 func measureDirty(ctx context.Context, cfg *dirtyConfig, stdout, stderr io.Writer) error {
 	first := guests.RAMBase.GFN()
+	stderr = &lockedWriter{w: stderr}
 	frames := addr.GFNRange{Start: first, End: first + addr.GFN(cfg.run.Machine.RAM>>addr.PageShift)}
 	var (
 		results []*epoch.Result
@@ -185,10 +189,12 @@ func measureDirty(ctx context.Context, cfg *dirtyConfig, stdout, stderr io.Write
 	if sources == nil {
 		sources = vm.DirtySources()
 	}
+	strays := &strayWarnings{w: stderr}
+	defer strays.end()
 	for _, source := range sources {
 		heat := epoch.NewHeat(frames)
-		r, err := measureSource(ctx, cfg, source, heat, stdout, stderr)
-		if r == nil && cfg.sources == nil && errors.Is(err, errors.ErrUnsupported) {
+		r, err := measureSource(ctx, cfg, source, heat, strays, stdout)
+		if r == nil && cfg.sources == nil && cfg.lacks(source, err) {
 			if err := notRun(cfg, source, err, stdout); err != nil {
 				return err
 			}
@@ -221,18 +227,28 @@ func measureDirty(ctx context.Context, cfg *dirtyConfig, stdout, stderr io.Write
 	return nil
 }
 
+// lacks reports whether err says that there is no such source on this machine, or that it
+// does not go with the watch.
+func (cfg *dirtyConfig) lacks(source vm.DirtySource, err error) bool {
+	if _, ok := errors.AsType[*vm.WatchError](err); ok {
+		return false // it is the watch that there is not
+	}
+	return errors.Is(err, errors.ErrUnsupported) ||
+		source == vm.WriteProtect && cfg.run.Machine.Watch != 0 && errors.Is(err, vm.ErrConfig)
+}
+
 // measureSource runs the guest with one source and prints its epochs.
-func measureSource(ctx context.Context, cfg *dirtyConfig, source vm.DirtySource, heat *epoch.Heat, stdout, stderr io.Writer) (*epoch.Result, error) {
+func measureSource(ctx context.Context, cfg *dirtyConfig, source vm.DirtySource, heat *epoch.Heat, strays *strayWarnings, stdout io.Writer) (*epoch.Result, error) {
 	c := cfg.run
 	c.Machine.Dirty = source
-	c.Machine.Console = stderr
+	c.Machine.Console, c.Machine.OnStray = strays.w, strays.add
 	if source == vm.Ring {
 		c.Machine.RingEntries = uint32(cfg.ring)
 	}
 	const many = 40 // epochs, of which not every one is printed
 	bar := progressbar.NewOptions(c.Epochs, progressbar.OptionSetWriter(io.Discard))
 	if cfg.progress && c.Epochs > many {
-		bar = progressbar.NewOptions(c.Epochs, progressbar.OptionSetWriter(stderr), progressbar.OptionClearOnFinish(),
+		bar = progressbar.NewOptions(c.Epochs, progressbar.OptionSetWriter(strays.w), progressbar.OptionClearOnFinish(),
 			progressbar.OptionSetDescription(source.String()), progressbar.OptionThrottle(100*time.Millisecond))
 	}
 	defer func() { _ = bar.Finish() }()

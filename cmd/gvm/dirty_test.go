@@ -86,7 +86,7 @@ func TestDirtyScriptPages(t *testing.T) {
 	if err := os.WriteFile(script, []byte("at 1ms discard 256\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, command := range []string{"dirty --mem 1M", "trace run --mem 1M"} {
+	for _, command := range []string{"dirty --mem 1M", "trace run --mem 1M", "run --mem 1M"} {
 		args := append(strings.Fields(command), "--host-ops", script, "stamp")
 		if r := gvm(t.Context(), "", args...); r.status != statusUsage || !strings.Contains(r.stderr, script+":1:") {
 			t.Errorf("gvm %s: status %d, standard error %q", command, r.status, r.stderr)

@@ -4,12 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"os"
 	"strconv"
 	"strings"
 
 	"github.com/secondmmu/gvm/addr"
-	"github.com/secondmmu/gvm/hostops"
 )
 
 // size is a flag: a positive number of bytes that is a multiple of the page
@@ -83,20 +81,3 @@ func (c *choice[T]) Set(name string) error {
 }
 
 func (c *choice[T]) String() string { return (*c.value).String() }
-
-// readHostOps reads what --host-ops names: a script, operations at random, or nothing if it
-// is empty.
-func readHostOps(name string) (script *hostops.Script, random bool, err error) {
-	switch name {
-	case "":
-		return nil, false, nil
-	case "random":
-		return nil, true, nil
-	}
-	text, err := os.ReadFile(name)
-	if err != nil {
-		return nil, false, err
-	}
-	script, err = hostops.Parse(name, string(text))
-	return script, false, err
-}

@@ -17,9 +17,15 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
+
+	"github.com/secondmmu/gvm/hostops"
+	"github.com/secondmmu/gvm/litmus"
+	"github.com/secondmmu/gvm/vm"
 )
 
 // Exit statuses.
@@ -76,7 +82,10 @@ func newApp(stdin io.Reader, stdout, stderr io.Writer) *cli.App {
 
 The exit status is 0 for success, 1 if what was examined is at fault, 2 if the
 command line is, and 3 if the machine lacks something that gvm needs. "gvm run"
-exits with the status of a guest that exits by itself.`,
+exits with the status of a guest that exits by itself.
+
+"gvm help host-ops" tells how the scripts are written that --host-ops takes,
+and "gvm help litmus-tests" how litmus tests are.`,
 		Commands: []*cli.Command{
 			auditCommand(),
 			demoCommand(),
@@ -84,6 +93,7 @@ exits with the status of a guest that exits by itself.`,
 			doctorCommand(),
 			guestsCommand(),
 			helpCommand(),
+			litmusCommand(),
 			runCommand(),
 			traceCommand(),
 		},
@@ -135,17 +145,40 @@ func command(cmd *cli.Command) *cli.Command {
 	return cmd
 }
 
+// topics are what help tells of apart from commands.
+var topics = map[string]func() string{
+	"host-ops":     hostops.Help,
+	"litmus-tests": litmus.Help,
+}
+
 func helpCommand() *cli.Command {
 	return command(&cli.Command{
-		Name:  "help",
-		Usage: "show this help",
-		Action: func(c *cli.Context) error {
-			if err := noArguments(c); err != nil {
-				return err
-			}
-			return cli.ShowAppHelp(c)
-		},
+		Name:      "help",
+		Usage:     "show this help, that of a command, or the language of --host-ops or of litmus tests",
+		ArgsUsage: "[COMMAND | host-ops | litmus-tests]",
+		Action:    help,
 	})
+}
+
+func help(c *cli.Context) error {
+	args := c.Args().Slice()
+	if len(args) == 0 {
+		return cli.ShowAppHelp(c)
+	}
+	if text, ok := topics[args[0]]; ok && len(args) == 1 {
+		_, err := io.WriteString(c.App.Writer, text())
+		return err
+	}
+	cmd := c.App.Command(args[0])
+	for _, name := range args[1:] {
+		if cmd != nil {
+			cmd = cmd.Command(name)
+		}
+	}
+	if cmd == nil {
+		return misuse(c, fmt.Errorf("there is no command or topic %q", strings.Join(args, " ")))
+	}
+	return newApp(c.App.Reader, c.App.Writer, c.App.ErrWriter).RunContext(c.Context, slices.Concat([]string{c.App.Name}, args, []string{"--help"}))
 }
 
 func helpFlag() cli.Flag {
@@ -227,7 +260,10 @@ func (e *lackError) Unwrap() error { return e.err }
 func lack(err error) error {
 	const tell = `; "gvm doctor" tells more`
 	e := &lackError{err, `"gvm doctor" tells what this machine can do`}
+	watch, isWatch := errors.AsType[*vm.WatchError](err)
 	switch {
+	case isWatch:
+		e.remedy = lackWatch(watch)
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
 		e.remedy = "enable virtualisation in the firmware and load KVM (modprobe kvm_intel, or kvm_amd);" +
 			" in a container or a virtual machine, have /dev/kvm passed on to it" + tell

@@ -120,6 +120,13 @@ func TestUsage(t *testing.T) {
 		"run --touch go hello":            "it is not one of stop, float, wait",
 		"run --timeout -1s hello":         "a timeout of -1s is negative",
 		"run --timeout 1 hello":           `invalid value "1" for flag -timeout`,
+		"run --host-ops nosuch.ops hello": "open nosuch.ops: no such file or directory",
+		"run --pace 0s hello":             "a pace of 0s is not positive",
+		"run --seed -1 hello":             `invalid value "-1" for flag -seed`,
+		"run hello --host-ops random":     "flags go before the guest: put --host-ops before hello",
+		"help nosuch":                     `there is no command or topic "nosuch"`,
+		"help run hello":                  `there is no command or topic "run hello"`,
+		"help host-ops run":               `there is no command or topic "host-ops run"`,
 		"run --json=perhaps hello":        `invalid boolean value "perhaps" for -json`,
 	} {
 		t.Run(line, func(t *testing.T) {
@@ -144,6 +151,10 @@ func TestHelp(t *testing.T) {
 		"guests --help":    "gvm guests [command options]",
 		"doctor --help":    "gvm doctor [command options]",
 		"demo --help":      "gvm demo [command options]",
+		"help":             `"gvm help host-ops"`,
+		"help run":         `"gvm help host-ops"`,
+		"help trace show":  "gvm trace show [command options] FILE",
+		"help host-ops":    "A script has one operation a line",
 	} {
 		t.Run(line, func(t *testing.T) {
 			r := gvm(t.Context(), "", strings.Fields(line)...)
@@ -171,7 +182,7 @@ func TestUnwritable(t *testing.T) {
 	}
 	defer full.Close()
 	for _, line := range []string{
-		"--help", "--version", "guests", "guests --json", "doctor", "doctor --json", "run --help",
+		"--help", "--version", "guests", "guests --json", "doctor", "doctor --json", "run --help", "help host-ops", "help run",
 		"demo", "demo --json", "run hello", "run --json hello", "run --stdin echo",
 	} {
 		t.Run(line, func(t *testing.T) {

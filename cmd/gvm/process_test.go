@@ -39,10 +39,18 @@ func process(t *testing.T, args ...string) *exec.Cmd {
 // TestSignals interrupts a guest that is certainly running: it has answered.
 func TestSignals(t *testing.T) {
 	gvmtest.Need(t, gvmtest.KVM)
-	for signal, name := range map[syscall.Signal]string{unix.SIGINT: "interrupt", unix.SIGTERM: "terminated"} {
-		t.Run(name, func(t *testing.T) {
+	for _, tt := range []struct {
+		signal     syscall.Signal
+		name, line string
+		first      string // what is said before the end
+	}{
+		{unix.SIGINT, "interrupt", "run --stdin echo", ""},
+		{unix.SIGTERM, "terminated", "run --stdin echo", ""},
+		{unix.SIGINT, "interrupt", "run --host-ops random --seed 3 --stdin echo", "gvm: the operations of the host were those of --seed 3\n"},
+	} {
+		t.Run(tt.name+" of "+tt.line, func(t *testing.T) {
 			var stderr bytes.Buffer
-			cmd := process(t, "run", "--stdin", "echo")
+			cmd := process(t, strings.Fields(tt.line)...)
 			cmd.Stderr = &stderr
 			stdin, err := cmd.StdinPipe()
 			if err != nil {
@@ -63,7 +71,7 @@ func TestSignals(t *testing.T) {
 			}
 
 			begin := time.Now()
-			if err := cmd.Process.Signal(signal); err != nil {
+			if err := cmd.Process.Signal(tt.signal); err != nil {
 				t.Fatal(err)
 			}
 			rest, err := io.ReadAll(stdout)
@@ -74,7 +82,7 @@ func TestSignals(t *testing.T) {
 			if d := time.Since(begin); d > time.Second {
 				t.Errorf("it took %v to stop", d)
 			}
-			want := "gvm: interrupted: the run was stopped: " + name + " signal received\n"
+			want := tt.first + "gvm: interrupted: the run was stopped: " + tt.name + " signal received\n"
 			if got := cmd.ProcessState.ExitCode(); got != statusFailed || stderr.String() != want || len(rest) != 0 {
 				t.Errorf("%v, standard error %q, further output %q; want status %d and %q", cmd.ProcessState, &stderr, rest, statusFailed, want)
 			}
@@ -187,7 +195,7 @@ func TestNoKVM(t *testing.T) {
 		if err := os.Chmod(root, 0o755); err != nil {
 			t.Fatal(err)
 		}
-		for _, line := range []string{"run hello", "run --json hello", "demo", "doctor"} {
+		for _, line := range []string{"run hello", "run --json hello", "run --host-ops random --watch events+trace hello", "demo", "doctor"} {
 			t.Run(name+"/"+line, func(t *testing.T) {
 				cmd := process(t, strings.Fields(line)...)
 				cmd.Path, cmd.Dir = "/gvm", "/"
@@ -206,6 +214,63 @@ func TestNoKVM(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestWatchNotPermitted runs gvm as a user who may use KVM and nothing else, and where there is
+// no /proc.
+func TestWatchNotPermitted(t *testing.T) {
+	gvmtest.Need(t, gvmtest.KVM)
+	gvmtest.Need(t, gvmtest.Root)
+	binary := staticBinary(t)
+	root := t.TempDir()
+	var info unix.Stat_t
+	if err := errors.Join(
+		unix.Stat("/dev/kvm", &info),
+		os.WriteFile(filepath.Join(root, "gvm"), binary, 0o755),
+		os.Chmod(root, 0o755),
+		os.Mkdir(filepath.Join(root, "dev"), 0o755),
+	); err != nil {
+		t.Fatal(err)
+	}
+	device := filepath.Join(root, "dev/kvm")
+	if err := unix.Mknod(device, unix.S_IFCHR|0o666, int(info.Rdev)); err != nil {
+		gvmtest.Lack(t, gvmtest.Root, err)
+	}
+	if err := os.Chmod(device, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(root, &fs); err == nil && fs.Flags&unix.ST_NODEV != 0 {
+		t.Skip("devices in the directory for temporary files are nobody's")
+	}
+	for watch, want := range map[string]string{
+		"none":         "",
+		"trace":        "run as root",
+		"events+trace": "gvm: ", // which of several is missing depends on the machine
+	} {
+		t.Run(watch, func(t *testing.T) {
+			cmd := process(t, "run", "--watch", watch, "hello")
+			cmd.Path, cmd.Dir = "/gvm", "/"
+			cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root, Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+			var stdout, stderr bytes.Buffer
+			cmd.Stdout, cmd.Stderr = &stdout, &stderr
+			err := cmd.Run()
+			if cmd.ProcessState == nil {
+				t.Fatal(err)
+			}
+			r := result{cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()}
+			if watch == "none" {
+				if want := (result{0, greeting, ""}); r != want {
+					t.Errorf("got %+v, want %+v", r, want)
+				}
+				return
+			}
+			r.check(t, statusLack, want)
+			if strings.Contains(r.stderr, "usermod") || strings.Contains(r.stderr, "modprobe") {
+				t.Errorf("the remedy is one for KVM: %s", r.stderr)
+			}
+		})
 	}
 }
 

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/secondmmu/gvm/guests"
+	"github.com/secondmmu/gvm/hostops"
 	"github.com/secondmmu/gvm/internal/gvmtest"
 )
 
@@ -182,7 +183,10 @@ func TestRunMoreMemoryThanThereIs(t *testing.T) {
 func TestRunReportOfAllValues(t *testing.T) {
 	status := 255
 	var b bytes.Buffer
-	if err := writeJSON(&b, runReport{"g", &status, "<&>", []vcpuReport{{math.MaxUint64}}, 0.5}); err != nil {
+	if err := writeJSON(&b, runReport{
+		Guest: "g", Status: &status, Error: "<&>", VCPUs: []vcpuReport{{math.MaxUint64}}, Seconds: 0.5,
+		HostOps: &hostops.Stats{Ops: 3, Kinds: map[hostops.Kind]hostops.Count{hostops.Map: {Done: 1, Failed: 2}}}, Seed: 1<<53 - 1, Strays: new(uint64(0)),
+	}); err != nil {
 		t.Fatal(err)
 	}
 	golden(t, "run.json", b.String())

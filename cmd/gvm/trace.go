@@ -5,19 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"os"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"github.com/secondmmu/gvm/addr"
-	"github.com/secondmmu/gvm/epoch"
 	"github.com/secondmmu/gvm/guests"
-	"github.com/secondmmu/gvm/hostops"
 	"github.com/secondmmu/gvm/mm"
 	"github.com/secondmmu/gvm/shadow"
 	"github.com/secondmmu/gvm/trace"
@@ -57,11 +53,9 @@ type traceRunConfig struct {
 	args    guests.Args
 	machine vm.Config
 	header  trace.Header
-	script  *hostops.Script // nil: none
-	random  bool            // operations at random
-	pace    time.Duration   // of those
-	timeout time.Duration   // 0: none
-	events  int             // that wait to be written at most, of each vCPU
+	ops     hostOps
+	timeout time.Duration // 0: none
+	events  int           // that wait to be written at most, of each vCPU
 	format  trace.Format
 	file    string // or "", for standard output
 }
@@ -78,15 +72,14 @@ the guest fails or is interrupted, too; then the exit status is 1, as it is if t
 guest exits with another status than 0.
 
 --host-ops has the host change the mappings of guest memory meanwhile: at random, or by a
-script, one operation a line, such as "every 1ms discard random 2".
+script, one operation a line, such as "every 1ms discard random 2". With --watch, changes
+that others make are followed and recorded, too; their names begin with "stray".
 
 An event of a guest's access belongs to the operation that last had to do with the
 page. Events that come faster than they can be written are lost; where, and how
 many, is in the recording.`,
-		Flags: append(formatFlags(&cfg.format, &cfg.file),
-			&cli.StringFlag{Name: "host-ops", Destination: &cfg.header.HostOps, DefaultText: "none", Usage: "carry out the operations of the script `FILE`, or random ones with \"random\""},
-			&cli.Uint64Flag{Name: "seed", Destination: &cfg.header.Seed, DefaultText: "random, and recorded", Usage: "choose operations by `N`, not 0"},
-			&cli.DurationFlag{Name: "pace", Destination: &cfg.pace, Value: time.Millisecond, Usage: "wait for `DURATION` between random operations"},
+		Flags: append(append(formatFlags(&cfg.format, &cfg.file), cfg.ops.flags("random, and recorded")...),
+			watchFlag(&cfg.machine.Watch),
 			&cli.DurationFlag{Name: "timeout", Destination: &cfg.timeout, DefaultText: "none", Usage: "end the run after `DURATION`, such as 1.5s"},
 			&cli.IntFlag{Name: "events", Destination: &cfg.events, Value: 1 << 15, Usage: "let `N` events wait to be written, for each vCPU and for the host"},
 			&cli.GenericFlag{Name: "mem", Value: (*size)(&cfg.machine.RAM), Usage: "give the guest `SIZE` of RAM: in MiB, or with a suffix K, M or G"},
@@ -124,24 +117,17 @@ func (cfg *traceRunConfig) parse(args []string) (err error) {
 		return errors.New(`which guest? "gvm guests" lists them`)
 	case cfg.timeout < 0:
 		return fmt.Errorf("a timeout of %v is negative", cfg.timeout)
-	case cfg.pace <= 0:
-		return fmt.Errorf("a pace of %v is not positive", cfg.pace)
 	case cfg.events < 1 || cfg.events > 1<<24:
 		return fmt.Errorf("%d events are not in 1 to %d", cfg.events, 1<<24)
 	}
 	if cfg.guest, cfg.args, err = parseGuest(args, &cfg.machine); err != nil {
 		return err
 	}
-	h := &cfg.header
-	if cfg.script, cfg.random, err = readHostOps(h.HostOps); err != nil {
+	if err := cfg.ops.parse(); err != nil {
 		return err
 	}
-	switch {
-	case h.HostOps == "":
-		h.Seed = 0
-	case h.Seed == 0:
-		h.Seed = rand.Uint64N(1<<53-1) + 1 // JavaScript's numbers have no more bits
-	}
+	h := &cfg.header
+	h.HostOps, h.Seed = cfg.ops.name, cfg.ops.seed
 	first := guests.RAMBase.GFN()
 	h.RAM = addr.GFNRange{Start: first, End: first + addr.GFN(cfg.machine.RAM>>addr.PageShift)}
 	h.Guest, h.VCPUs = strings.Join(args, " "), cfg.machine.VCPUs
@@ -154,33 +140,21 @@ var errTimeout = errors.New("timed out")
 // exits with; that a timeout ends it is no error.
 func (cfg *traceRunConfig) run(ctx context.Context, stdout, stderr io.Writer) (status int, err error) {
 	log := trace.NewLog(cfg.events)
+	strays := &strayWarnings{w: &lockedWriter{w: stderr}, quiet: true} // they are in the recording
+	defer strays.end()
 	c := cfg.machine
-	c.Log, c.Console = log, stderr
-	var runner *hostops.Runner
-	if cfg.script != nil || cfg.random {
-		c.Spare = epoch.Spare
-		// The runner is there before the guest runs.
-		c.OnMark = func(_ int, mark uint32) error { runner.Mark(mark); return nil }
-		c.OnTouch = func(_ int, gpa addr.GPA) { runner.Fault(uint64(gpa-guests.RAMBase) >> addr.PageShift) }
-	}
-	m, err := vm.New(c)
+	c.Log, c.Console, c.OnStray = log, strays.w, strays.add
+	m, err := cfg.ops.boot(c, cfg.guest, cfg.args)
 	if err != nil {
-		return 0, lack(err)
+		return 0, err
 	}
-	defer func() { err = errors.Join(err, m.Close()) }()
-	if err := m.Boot(cfg.guest, cfg.args); err != nil {
-		return 0, lack(err)
-	}
-	if c.Spare != 0 {
-		if runner, err = epoch.NewRunner(m, cfg.script, cfg.header.Seed, cfg.pace); err != nil {
-			return 0, err
-		}
-	}
+	defer func() { err = errors.Join(err, cfg.ops.close(m)) }()
+	strays.name(m.RAM().Range)
 	cfg.header.Start = log.Start()
 	var ended error // how the run failed, of which there is a recording all the same
 	err = writeTo(cfg.file, stdout, func(w io.Writer) (failed error) {
 		out := trace.NewWriter(w, cfg.format, cfg.header)
-		status, ended, failed = cfg.record(ctx, m, runner, log, out)
+		status, ended, failed = cfg.record(ctx, m, log, out)
 		if failed == nil {
 			failed = out.Close()
 		}
@@ -189,10 +163,9 @@ func (cfg *traceRunConfig) run(ctx context.Context, stdout, stderr io.Writer) (s
 	return status, errors.Join(ended, err)
 }
 
-// record runs the machine, under the operations of a runner unless that is nil, and writes
-// what is recorded, until the guest ends: with a status, or as ended says. If out
-// failed, it ends for that.
-func (cfg *traceRunConfig) record(ctx context.Context, m *vm.Machine, runner *hostops.Runner, log *trace.Log, out trace.Writer) (status int, ended, failed error) {
+// record runs the machine, and writes what is recorded, until the guest ends: with a status,
+// or as ended says. If out failed, it ends for that.
+func (cfg *traceRunConfig) record(ctx context.Context, m *vm.Machine, log *trace.Log, out trace.Writer) (status int, ended, failed error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	if cfg.timeout > 0 {
@@ -200,38 +173,14 @@ func (cfg *traceRunConfig) record(ctx context.Context, m *vm.Machine, runner *ho
 		ctx, stop = context.WithTimeoutCause(ctx, cfg.timeout, errTimeout)
 		defer stop()
 	}
-	if err := m.Start(ctx); err != nil {
-		return 0, err, nil
-	}
-	opsCtx, stopOps := context.WithCancel(ctx)
-	defer stopOps()
-	var ops sync.WaitGroup
-	if runner != nil {
-		ops.Go(func() {
-			if err := runner.Run(opsCtx); err != nil && opsCtx.Err() == nil {
-				cancel(err)
-			}
-		})
-	}
-	const interval = 10 * time.Millisecond // a guest that exits once a microsecond fills a third of a ring
-	tick := time.NewTicker(interval)
-	defer tick.Stop()
 	seq := uint64(0)
-	for running := true; running; {
-		select {
-		case <-m.Done():
-			running = false
-			stopOps()
-			ops.Wait()
-		case <-tick.C:
-		}
+	status, ended = cfg.ops.run(ctx, m, cancel, func() {
 		if failed == nil {
 			if seq, failed = log.WriteSince(seq, out); failed != nil {
 				cancel(failed)
 			}
 		}
-	}
-	status, ended = m.Wait()
+	})
 	if failed != nil || errors.Is(ended, errTimeout) {
 		ended = nil
 	}
