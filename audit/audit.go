@@ -113,7 +113,7 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 	for n := max(c.Round, 1); ; n++ {
 		err := r.round(ctx, &c, n)
 		if err != nil {
-			return r, fmt.Errorf("round %d of seed %d: %w", n, c.Seed, err)
+			return r, fmt.Errorf("seed %d, %w", c.Seed, err)
 		}
 		if c.Round != 0 || c.Duration > 0 && time.Since(begin) >= c.Duration || c.Ops > 0 && r.Changes() >= c.Ops {
 			return r, nil
@@ -201,7 +201,7 @@ func (r *Result) round(ctx context.Context, c *Config, n int) error {
 	case got == nil && (errors.Is(err, errors.ErrUnsupported) || lacks(err)):
 		round.NotRun, err = err.Error(), nil
 		r.NotRun++
-	case err != nil && ctx.Err() == nil:
+	case err != nil:
 		err = fmt.Errorf("%s: %w", round, err)
 	}
 	r.Rounds++

@@ -168,7 +168,8 @@ func zeroOf(start time.Time) (zero time.Duration, err error) {
 	return zero, nil
 }
 
-// lacks reports whether err is for the lack of a means to watch.
+// lacks reports whether err is that the machine has no means to watch.
 func lacks(err error) bool {
-	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES)
+	_, ok := errors.AsType[*vm.WatchError](err)
+	return ok && (errors.Is(err, errors.ErrUnsupported) || errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission))
 }
