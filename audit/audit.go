@@ -96,7 +96,7 @@ func (r *Result) Changes() uint64 {
 
 // epochs is how many a round has: a machine is soon made, and another one is more
 // different than another epoch.
-const epochs = 10
+const epochs = 8
 
 // events is how many of the trace are kept.
 const events = 1 << 15
@@ -141,8 +141,8 @@ func (c *Config) plan(n int) (*Round, epoch.Config, error) {
 	}
 	config := epoch.Config{
 		Guest: guests.Guest{}, Args: guests.Args{},
-		Epochs: epochs, Interval: time.Duration(1+pick(300)) * time.Millisecond, Rest: r.Pages * uint64(pick(2)), Random: true, Pages: r.Pages, Seed: rng.Uint64(), Verify: true,
-		Alias: pick(3) == 0, Defect: c.Defect,
+		Epochs: epochs, Interval: time.Duration(1+pick(200)) * time.Millisecond, Rest: r.Pages * uint64(pick(2)), Random: true, Pages: r.Pages, Seed: rng.Uint64(), Verify: true,
+		Alias: pick(2) == 0, Defect: c.Defect,
 	}
 	switch {
 	case machine.Watch&vm.WatchEvents != 0:
@@ -192,6 +192,10 @@ func (r *Result) round(ctx context.Context, c *Config, n int) error {
 				r.Kinds[kind] = sum
 			}
 		}
+	}
+	if errors.Is(err, hostops.ErrNotFollowed) {
+		a.diverge(Strays, "%v", err)
+		err = nil
 	}
 	for kind, n := range a.strayKinds {
 		round.Strays += n

@@ -114,6 +114,10 @@ func strayBacking(backings ...mm.Backing) func(*StrayConfig) bool {
 	return func(c *StrayConfig) bool { return slices.Contains(backings, c.Target.RAM.Backing) }
 }
 
+// ErrNotFollowed is what errors.Is finds in the error of a Step or Restore that did not find
+// memory as it should be once a change has been followed.
+var ErrNotFollowed = errors.New("what others have changed was not followed")
+
 // NewStrays returns changes of a memory that is watched, none of which has been made.
 func NewStrays(c StrayConfig) (*Strays, error) {
 	if !c.Events && !c.Trace {
@@ -207,7 +211,7 @@ func (s *Strays) giveBack(ctx context.Context, due func(absence) bool) error {
 			err = m.Map(home)
 		}
 		if err != nil {
-			return fmt.Errorf("give page %d back: %w", page, err)
+			return fmt.Errorf("%w: page %d cannot be given back: %w", ErrNotFollowed, page, err)
 		}
 		delete(s.absent, page)
 	}

@@ -72,6 +72,11 @@ func (t *Tracker) SetPolicy(p Policy) {
 // windows alone take more than half of the limit, slots that are coarse stay so.
 func (t *Tracker) Coarse() bool { return t.coarse.Load() }
 
+// Behind reports whether slots show less than is mapped: the backend has refused a change, or
+// the windows have moved in more pieces than there are slot numbers. The next bracket tries
+// again.
+func (t *Tracker) Behind() bool { return t.behind.Load() }
+
 // Ended returns a channel that is closed when, after the call, a bracket has ended, and
 // slots and translations have followed it. Who waits for memory to come back gets the
 // channel, tries, and waits for it and for [Slots.Changed]: the slots need not change.
