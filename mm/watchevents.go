@@ -234,7 +234,8 @@ func (w *EventWatch) register(r addr.HVARange) error { return watched(w.fd.Regis
 
 // Close ends the watch: what is changed from now on is not followed. A thread that waits
 // for its change to be read goes on. It returns when all that was read has been followed
-// and reported. It takes the mapping lock for writing, and is called once: a second Close
+// and reported. A TraceWatch that is there as well takes what the kernel does then for
+// changes, so it is closed first. Close takes the mapping lock for writing, and is called once: a second Close
 // returns os.ErrClosed. The end of the memory ends the watch too, but does not close it.
 func (w *EventWatch) Close() error {
 	if w.closed.Swap(true) {

@@ -144,6 +144,7 @@ func (o *hostOps) run(ctx context.Context, m *vm.Machine, fail context.CancelCau
 			running = false
 			stop()
 			ops.Wait()
+			m.Memory().Follow() // what others have done belongs to the run
 		case <-tick.C:
 		}
 		often()

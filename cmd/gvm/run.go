@@ -199,7 +199,6 @@ func run(ctx context.Context, cfg *runConfig, stdin io.Reader, stdout, stderr io
 		r.HostOps = new(cfg.ops.runner.Stats())
 	}
 	if cfg.machine.Watch != 0 {
-		m.Memory().Follow()
 		r.Strays = new(strays.count())
 	}
 	if err == nil {
