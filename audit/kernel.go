@@ -27,6 +27,7 @@ type zaps struct {
 	waiting    []zap
 	lost       uint64
 	reports    []mm.Stray // that may be of what waits
+	before     []mm.Stray // the same, of the epoch before: one may be read before its zap
 }
 
 type zap struct {
@@ -100,7 +101,7 @@ func (a *auditor) kernel(m *vm.Machine) {
 			break
 		}
 		a.round.Checks[Kernel]++
-		if p.explained(a.ops) || p.reported(z.reports, a.log.Start()) || !a.mapped(m, p.r) {
+		if p.explained(a.ops) || p.reported(z.reports, a.log.Start()) || p.reported(z.before, a.log.Start()) || !a.mapped(m, p.r) {
 			continue
 		}
 		a.divergeAtHVA(m, Kernel, max(p.r.Start, m.RAM().Range.Start), "KVM has dropped %v after %v, and nobody knows why", p.r, p.at)
@@ -108,7 +109,7 @@ func (a *auditor) kernel(m *vm.Machine) {
 	if z.lost > 0 {
 		a.diverge(Kernel, "%d records of the kernel's are lost", z.lost)
 	}
-	z.waiting, z.reports, z.lost = z.waiting[:0], z.reports[:0], 0
+	z.waiting, z.before, z.reports, z.lost = z.waiting[:0], z.reports, nil, 0
 }
 
 // explained reports whether an operation accounts for p: KVM drops up to 2 MiB where the
