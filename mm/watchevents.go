@@ -79,7 +79,8 @@ type EventConfig struct {
 // first, and the slots of a guest are cut. Where others have mapped something, the slots
 // are cut too, and Close leaves that mapping alone. Map takes such a range back, and
 // unmaps whatever is there. Pages that mremap moved to a place in guest memory are
-// followed there as those of Remap are.
+// followed there as those of Remap are, and count as changed: while they could not be
+// found, they could not be saved.
 //
 // # No deadlock
 //
@@ -755,9 +756,11 @@ func (w *EventWatch) remapped(msg message) {
 		w.made(s, []notifier.Invalidation{m.replaced(target), m.cleared(from, dropped)}, func(*Change) []Extent { return m.moved(from, msg.To) })
 		return
 	}
+	// The content is what it was. But whoever harvested since the pages went could not read
+	// them where they had been, and has to come back.
 	s.Fate = Moved
 	w.made(s, []notifier.Invalidation{
-		{Range: from, Event: notifier.Remap, After: addr.NoAccess, To: msg.To, Content: notifier.Kept},
+		{Range: from, Event: notifier.Remap, After: addr.NoAccess, To: msg.To, Content: notifier.Changed},
 		m.replaced(target),
 	}, func(c *Change) []Extent {
 		xs := m.moved(from, msg.To)
