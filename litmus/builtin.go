@@ -12,8 +12,10 @@ import (
 //go:embed tests/*.litmus
 var files embed.FS
 
-// All returns the built-in tests, by their names.
-var All = sync.OnceValue(func() []*Test {
+// All returns the built-in tests, in the order of their names. They are not changed.
+func All() []*Test { return slices.Clone(builtin()) }
+
+var builtin = sync.OnceValue(func() []*Test {
 	var list []*Test
 	entries, err := files.ReadDir("tests")
 	if err != nil {
@@ -37,7 +39,7 @@ var All = sync.OnceValue(func() []*Test {
 // Lookup returns the built-in test of that name.
 func Lookup(name string) (*Test, error) {
 	var names []string
-	for _, t := range All() {
+	for _, t := range builtin() {
 		if t.Name == name {
 			return t, nil
 		}

@@ -88,7 +88,8 @@
 // a round, what is missing is mapped anew, so that a guest which waits for it goes on.
 //
 // Both sides begin a round after a delay by chance, and the instances are spread by
-// chance over the time that the change takes. With two threads of the guest or
+// chance over the time that the change takes: by a delay between them, or between two
+// statements of each, so that the change comes in the middle. With two threads of the guest or
 // more, all begin each instance together.
 //
 // # Threads of the guest

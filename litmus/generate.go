@@ -21,7 +21,8 @@ import (
 //	mark      guest       the number of the last round in which it reached its mark
 //	barrier   guest       the instance that it is about to begin, among all of the run
 //	start     host        turns of an empty loop before the first instance
-//	gap       host        the same between two instances
+//	gap       host        the same between two instances, or inside of each
+//	split     host        the statement before which the gap is, from 1; 0: it is between instances
 //	seed      host        of the thread's own jitter, not 0
 const (
 	control     = guests.Image + 0x40000
@@ -32,7 +33,8 @@ const (
 	barriers    = markWords + MaxGuests*lineBytes
 	startWords  = barriers + MaxGuests*lineBytes
 	gapWords    = startWords + MaxGuests*lineBytes
-	seedWords   = gapWords + MaxGuests*lineBytes
+	splitWords  = gapWords + MaxGuests*lineBytes
+	seedWords   = splitWords + MaxGuests*lineBytes
 	controlSize = seedWords + MaxGuests*lineBytes - control
 
 	// records has what each instance of each thread has seen: its registers, and the phase
@@ -47,13 +49,13 @@ const (
 )
 
 // Records end below the stacks: this is negative otherwise, which does not compile.
-const _ = uint64(guests.Image + guests.MaxImage - records - MaxGuests*MaxLines*recordBytes)
+const _ = uint64(guests.Image + guests.MaxImage - records - MaxGuests*MaxGuestInstances*recordBytes)
 
 func line(base addr.GPA, t int) addr.GPA { return base + addr.GPA(t*lineBytes) }
 
 // recordGPA returns the address of the record of an instance of thread t.
 func recordGPA(t, instance int) addr.GPA {
-	return records + addr.GPA((t*MaxLines+instance)*recordBytes)
+	return records + addr.GPA((t*MaxGuestInstances+instance)*recordBytes)
 }
 
 // awaitTurns is how often an await looks at most.
@@ -160,6 +162,9 @@ func (a *assembler) thread(t *Test, i, instances int) {
 	}
 	for n := range th.Statements {
 		s := &th.Statements[n]
+		if n > 0 && t.hasHosts() {
+			a.gap(i, n)
+		}
 		a.note(fmt.Sprintf("line %d: %v", s.Pos.Line, s))
 		a.statement(t, i, n, s)
 	}
@@ -173,7 +178,7 @@ func (a *assembler) thread(t *Test, i, instances int) {
 	}
 	a.emit(0x48, 0x81, 0xc5) // add rbp, imm32
 	a.imm32(recordBytes)
-	a.delayWord(line(gapWords, i), label("gap", i))
+	a.gap(i, 0)
 	a.emit(0x83, 0xc3, lineBytes) // add ebx, 64
 	a.emit(0x81, 0xfb)            // cmp ebx, imm32
 	a.imm32(uint32(instances * lineBytes))
@@ -183,11 +188,22 @@ func (a *assembler) thread(t *Test, i, instances int) {
 	a.jump(jmp, label("round", i))
 }
 
+// gap delays thread i if its split is n. A delay inside of instances has a change meet them in
+// the middle.
+func (a *assembler) gap(i, n int) {
+	a.emit(0x83, 0x3c, 0x25) // cmp dword [split], imm8
+	a.imm32(uint32(line(splitWords, i)))
+	a.emit(byte(n))
+	a.jump(jNE, label("whole", i, n))
+	a.delayWord(line(gapWords, i), label("gap", i, n))
+	a.label(label("whole", i, n))
+}
+
 // barrier has the thread wait until all are about to begin the same instance, and then a
 // little longer, by chance.
 func (a *assembler) barrier(threads, i int) {
 	a.emit(0x48, 0x89, 0xf0)       // mov rax, rsi
-	a.emit(0x48, 0xc1, 0xe0, 16)   // shl rax, 16: as much as MaxLines lines
+	a.emit(0x48, 0xc1, 0xe0, 16)   // shl rax, 16: as much as MaxGuestInstances lines
 	a.emit(0x48, 0x01, 0xd8)       // add rax, rbx
 	a.emit(0x48, 0x89, 0x04, 0x25) // mov [barrier], rax
 	a.imm32(uint32(line(barriers, i)))

@@ -197,7 +197,7 @@ func TestListing(t *testing.T) {
 
 func TestGenerateLimits(t *testing.T) {
 	x := parse(t, everything)
-	for _, n := range []int{-1, 0, MaxLines + 1} {
+	for _, n := range []int{-1, 0, MaxGuestInstances + 1} {
 		if code, err := Generate(x, n); err == nil {
 			t.Errorf("code for %d instances has %d bytes", n, len(code.Bytes))
 		}
@@ -216,7 +216,7 @@ func TestGenerateLimits(t *testing.T) {
 		}
 	}
 	b.WriteString("allowed x == 0\n")
-	if code := generate(t, parse(t, b.String()), MaxLines); len(code.Bytes) > int(maxImage)/2 {
+	if code := generate(t, parse(t, b.String()), MaxGuestInstances); len(code.Bytes) > int(maxImage)/2 {
 		t.Errorf("the longest code, of %d bytes, is near the limit of %d", len(code.Bytes), int(maxImage))
 	}
 }

@@ -171,7 +171,7 @@ func (h *hostThread) loop() {
 		h.err = b.pins.set(cpus[(len(b.t.Guests)+h.index)%len(cpus)])
 	}
 	for n := uint64(1); ; n++ {
-		if _, err := b.wait("the next round", func() bool { return b.begun.Load() >= n }, false); err != nil {
+		if err := b.wait("the next round", false, func() bool { return b.begun.Load() >= n }); err != nil {
 			return // the run has ended, or is about to
 		}
 		if h.err == nil {
@@ -183,7 +183,12 @@ func (h *hostThread) loop() {
 
 // round runs the thread's statements.
 func (h *hostThread) round() {
-	spin(h.b.hostWait[h.index])
+	if h.b.crowded {
+		// All vCPUs have to run for instances to begin. A turn is about a nanosecond.
+		time.Sleep(time.Duration(h.b.hostWait[h.index]))
+	} else {
+		spin(h.b.hostWait[h.index])
+	}
 	h.left = h.changes
 	all := h.changes == len(h.th.Statements)
 	for n := range h.th.Statements {
@@ -268,9 +273,9 @@ func (h *hostThread) do(s *Statement) error {
 			var err error
 			switch s.Other {
 			case "":
-				_, err = b.wait("all guest threads", func() bool { return b.ended(i) }, true)
+				err = b.wait("all guest threads", true, func() bool { return b.done(i) })
 			case b.t.Guests[i].Name:
-				_, err = b.wait("the mark of "+s.Other, func() bool { return b.marked(i) }, true)
+				err = b.wait("the mark of "+s.Other, true, func() bool { return b.marked(i) })
 			}
 			if err != nil {
 				return err

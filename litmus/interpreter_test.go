@@ -54,6 +54,7 @@ func newInterpreter(t *Test, code *Code, instances int) *interpreter {
 		allow(line(barriers, i), all, self)
 		allow(line(startWords, i), self, 0)
 		allow(line(gapWords, i), self, 0)
+		allow(line(splitWords, i), self, 0)
 		allow(line(seedWords, i), self, 0)
 		for k := range instances {
 			for off := addr.GPA(0); off <= phaseAfter; off += 8 {
@@ -284,6 +285,7 @@ func (m *interpreter) round(rng *rand.Rand, n uint64, between func()) ([][]uint6
 	for i := range m.t.Guests {
 		m.memory[uint64(line(startWords, i))] = rng.Uint64N(8)
 		m.memory[uint64(line(gapWords, i))] = rng.Uint64N(8)
+		m.memory[uint64(line(splitWords, i))] = rng.Uint64N(uint64(len(m.t.Guests[i].Statements)) + 1)
 	}
 	m.memory[uint64(phaseWord)] = 3 * n
 	m.memory[uint64(goWord)] = n

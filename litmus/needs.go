@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"slices"
 	"strings"
 
 	"github.com/secondmmu/gvm/kvm"
@@ -29,19 +30,26 @@ func (h *Host) read(name string) string {
 	return strings.TrimSpace(string(text))
 }
 
-// ShadowPaging reports whether KVM shadows guest page tables, going by the modules that
-// are loaded and their parameters. It is false if that cannot be told.
+// ShadowPaging reports whether KVM shadows guest page tables, going by the modules that are
+// loaded, the CPU's features and the modules' parameters. It is false if that cannot be told.
 func (h *Host) ShadowPaging() bool {
-	for module, param := range map[string]string{"kvm_intel": "ept", "kvm_amd": "npt"} {
-		switch h.read(path.Join("sys/module", module, "parameters", param)) {
+	features := strings.Fields(h.read("proc/cpuinfo"))
+	usable, shadow := 0, false
+	for _, v := range []struct{ module, feature, param string }{
+		{"kvm_intel", "vmx", "ept"}, {"kvm_amd", "svm", "npt"}, {"kvm_pvm", "", ""},
+	} {
+		if _, err := fs.Stat(h.root, path.Join("sys/module", v.module)); err != nil || v.feature != "" && !slices.Contains(features, v.feature) {
+			continue
+		}
+		usable++
+		switch h.read(path.Join("sys/module", v.module, "parameters", v.param)) {
 		case "N", "0":
-			return true
-		case "Y", "1":
-			return false
+			shadow = true
+		default:
+			shadow = v.param == ""
 		}
 	}
-	_, err := fs.Stat(h.root, "sys/module/kvm_pvm")
-	return err == nil
+	return usable == 1 && shadow
 }
 
 // Lacks returns a *NotRunError for the first thing that a test needs and the host has not.
@@ -105,7 +113,7 @@ func notRun(err error) (*NotRunError, bool) {
 	if e, ok := errors.AsType[*NotRunError](err); ok {
 		return e, true
 	}
-	if errors.Is(err, errors.ErrUnsupported) {
+	if errors.Is(err, errors.ErrUnsupported) || errors.Is(err, fs.ErrPermission) {
 		return &NotRunError{Why: err.Error(), Err: err}, true
 	}
 	return nil, false

@@ -332,7 +332,7 @@ func (p *parser) directive(key word) {
 		if p.main.Instances != 0 {
 			p.fail(key, "the number of instances is given twice")
 		}
-		if p.main.Instances = int(p.number("a number of instances", MaxLines)); p.main.Instances == 0 {
+		if p.main.Instances = int(p.number("a number of instances", MaxGuestInstances)); p.main.Instances == 0 {
 			p.fail(w, "no instance at all is nothing to run")
 		}
 	case "needs":

@@ -38,7 +38,8 @@ type Sighting struct {
 	Round    uint64 `json:"round"`    // from 1
 	Instance int    `json:"instance"` // from 0
 	Start    []int  `json:"start"`    // turns of each guest thread's delay before the round
-	Gap      []int  `json:"gap"`      // and between two instances
+	Gap      []int  `json:"gap"`      // and between two instances, or inside of each
+	Split    []int  `json:"split"`    // the statement before which it was, from 1; 0: between two instances
 	HostWait []int  `json:"hostWait"` // turns of each host thread's
 }
 

@@ -2,6 +2,7 @@ package litmus
 
 import (
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"testing/fstest"
@@ -45,8 +46,8 @@ func TestTally(t *testing.T) {
 func TestVerdicts(t *testing.T) {
 	text := "litmus t\npage x\nexpect shadow-paging\nguest P0\n r0 = load x\nforbidden P0:r0 == 1\nrequired P0:r0 == 2\nsensitive f\nguest P0\n store x 1\n"
 	x := parse(t, text)
-	shadow := &Host{root: fstest.MapFS{"sys/module/kvm_amd/parameters/npt": {Data: []byte("N\n")}}}
-	nested := &Host{root: fstest.MapFS{"sys/module/kvm_intel/parameters/ept": {Data: []byte("Y\n")}}}
+	shadow := &Host{root: fstest.MapFS{"sys/module/kvm_pvm/initstate": {Data: []byte("live\n")}}}
+	nested := &Host{root: fstest.MapFS{}}
 	for name, tt := range map[string]struct {
 		t       *Test
 		host    *Host
@@ -75,17 +76,27 @@ func TestVerdicts(t *testing.T) {
 }
 
 func TestShadowPaging(t *testing.T) {
-	for file, want := range map[string]bool{
-		"sys/module/kvm_intel/parameters/ept Y": false,
-		"sys/module/kvm_intel/parameters/ept N": true,
-		"sys/module/kvm_amd/parameters/npt 1":   false,
-		"sys/module/kvm_amd/parameters/npt 0":   true,
-		"sys/module/kvm_pvm/initstate live":     true,
-		"proc/swaps none":                       false,
+	const vmx, svm = "flags : fpu vmx de\n", "flags : fpu de svm\n"
+	for name, tt := range map[string]struct {
+		cpu   string
+		files map[string]string
+		want  bool
+	}{
+		"EPT":                       {vmx, map[string]string{"kvm_intel/parameters/ept": "Y"}, false},
+		"no EPT":                    {vmx, map[string]string{"kvm_intel/parameters/ept": "N"}, true},
+		"NPT":                       {svm, map[string]string{"kvm_amd/parameters/npt": "1"}, false},
+		"no NPT":                    {svm, map[string]string{"kvm_amd/parameters/npt": "0"}, true},
+		"by page tables":            {"flags : fpu", map[string]string{"kvm_pvm/initstate": "live"}, true},
+		"by page tables, and built": {"flags : fpu", map[string]string{"kvm_pvm/initstate": "live", "kvm_intel/parameters/ept": "Y"}, true},
+		"either":                    {vmx, map[string]string{"kvm_pvm/initstate": "live", "kvm_intel/parameters/ept": "Y"}, false},
+		"nothing":                   {vmx, nil, false},
 	} {
-		name, value, _ := strings.Cut(file, " ")
-		if got := (&Host{root: fstest.MapFS{name: {Data: []byte(value + "\n")}}}).ShadowPaging(); got != want {
-			t.Errorf("with %s shadow paging is %v", file, got)
+		root := fstest.MapFS{"proc/cpuinfo": {Data: []byte(tt.cpu)}}
+		for file, text := range tt.files {
+			root["sys/module/"+file] = &fstest.MapFile{Data: []byte(text + "\n")}
+		}
+		if got := (&Host{root: root}).ShadowPaging(); got != tt.want {
+			t.Errorf("%s: shadow paging is %v", name, got)
 		}
 	}
 }
@@ -116,6 +127,7 @@ func TestLacks(t *testing.T) {
 	for err, want := range map[error]bool{
 		&NotRunError{Why: "it is so"}:             true,
 		errors.Join(errors.New("a"), unix.ENOSYS): true,
+		fmt.Errorf("userfaultfd: %w", unix.EPERM): true,
 		unix.EINVAL: false,
 	} {
 		if _, ok := notRun(err); ok != want {
@@ -125,9 +137,9 @@ func TestLacks(t *testing.T) {
 }
 
 func TestWriteText(t *testing.T) {
-	r := &Result{Test: "t", Verdict: Violated, HostOps: true, Iterations: 32, Effective: 20, Wanted: 100, Rounds: 2, Seed: 7, Elapsed: 1500 * time.Microsecond,
+	r := &Result{Test: "t", Verdict: Violated, HostOps: true, Iterations: 32, Effective: 20, Wanted: 100, Instances: 16, Rounds: 2, Seed: 7, Elapsed: 1500 * time.Microsecond,
 		Outcomes:  []Outcome{{"x=1", 2, 1, Forbidden, true}, {"x=2", 20, 1, Allowed, true}, {"x=3", 10, 1, Required, false}},
-		Sightings: []Sighting{{"x=1", 2, 3, []int{4}, []int{5}, []int{6}}}}
+		Sightings: []Sighting{{"x=1", 2, 3, []int{4}, []int{5}, []int{1}, []int{6}}}}
 	var b strings.Builder
 	if err := r.WriteText(&b); err != nil {
 		t.Fatal(err)
@@ -137,7 +149,8 @@ func TestWriteText(t *testing.T) {
         20 * x=2
         10   x=3  required
 t: forbidden; 32 iterations, 20 effective, 2 rounds (100 effective ones were wanted) in 2ms
-  seen: x=1 in round 2, instance 3, seed 7, delays [4], gaps [5], the host's [6]
+  seen: x=1 in round 2, instance 3, seed 7, delays [4], gaps [5] at [1], the host's [6]
+  again: gvm litmus run --seed 7 --instances 16 --iterations 100 t
 `
 	if b.String() != want {
 		t.Errorf("the text is\n%s\nwant\n%s", b.String(), want)

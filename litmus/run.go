@@ -1,6 +1,7 @@
 package litmus
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -179,6 +180,7 @@ type bed struct {
 	held    sync.Mutex    // one harvest at a time
 
 	delay, gap []int // turns of delays of guest threads, in this round
+	split      []int // and which statement the gap comes before, or 0
 	hostWait   []int // and of host threads
 	startSpan  span  // guest threads spread their instances over so many turns
 	hostSpan   span  // the host waits for so many at most
@@ -207,7 +209,7 @@ func (p *page) now() addr.HVARange { return addr.HVAs(p.hva(), p.size) }
 
 func newBed(t *Test, c *Config) (_ *bed, err error) {
 	b := &bed{t: t, c: c, rng: rand.New(rand.NewPCG(c.Seed, 0x6c69746d7573)), startSpan: span{turns: 64}, hostSpan: span{turns: 64},
-		delay: make([]int, len(t.Guests)), gap: make([]int, len(t.Guests)), hostWait: make([]int, len(t.Hosts)), outcome: make([]uint64, len(t.Observed))}
+		delay: make([]int, len(t.Guests)), gap: make([]int, len(t.Guests)), split: make([]int, len(t.Guests)), hostWait: make([]int, len(t.Hosts)), outcome: make([]uint64, len(t.Observed))}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, b.close())
@@ -409,14 +411,7 @@ func (b *bed) finish() error {
 	if err := b.m.Store64(goWord, allDone); err != nil {
 		return err
 	}
-	if _, err := b.wait("the guest to exit", func() bool {
-		select {
-		case <-b.dead:
-			return true
-		default:
-			return false
-		}
-	}, false); err != nil {
+	if err := b.wait("the guest to exit", false, b.ended); err != nil {
 		return err
 	}
 	_, err := b.m.Wait()
@@ -446,44 +441,59 @@ func (b *bed) close() error {
 	return errors.Join(errs...)
 }
 
-// wait returns true when a condition holds, which it looks at over and over. With the
-// machine's run ended it is false, and an error if that is one.
-func (b *bed) wait(what string, done func() bool, alive bool) (bool, error) {
-	var begin time.Time
+// wait returns when a condition holds, which it looks at over and over. With alive it is an
+// error if the machine's run ends before that.
+func (b *bed) wait(what string, alive bool, done func() bool) error {
 	spins := 500
 	if b.crowded {
 		spins = 50 // a vCPU may be waiting for this processor
 	}
-	for n := 0; !done(); n++ {
-		switch {
-		case n < spins:
-			continue
-		case n < 2*spins:
-			runtime.Gosched()
-			continue
-		case n == 2*spins:
-			begin = time.Now()
+	for n := range 2 * spins {
+		if done() {
+			return nil
 		}
-		select {
-		case <-b.dead:
-			if !alive {
-				continue
-			}
+		if n >= spins {
+			runtime.Gosched()
+		}
+	}
+	progress := uint64(0)
+	for begin := time.Now(); !done(); time.Sleep(20 * time.Microsecond) {
+		if p := b.progress(); p != progress {
+			progress, begin = p, time.Now()
+		}
+		if b.ctx.Err() != nil {
+			return context.Cause(b.ctx)
+		}
+		if alive && b.ended() {
 			_, err := b.m.Wait()
-			if err == nil {
-				err = errors.New("the guest has exited")
-			}
-			return false, err
-		case <-b.ctx.Done():
-			return false, context.Cause(b.ctx)
-		default:
+			return cmp.Or(err, errors.New("the guest has exited"))
 		}
 		if time.Since(begin) > patience {
-			return false, fmt.Errorf("waited %v for %s", patience, what)
+			return fmt.Errorf("waited %v for %s", patience, what)
 		}
-		time.Sleep(20 * time.Microsecond)
 	}
-	return true, nil
+	return nil
+}
+
+// progress changes while vCPUs that begin instances together get on: where each of them has to
+// wait for a processor, a round of hundreds of instances takes long.
+func (b *bed) progress() (sum uint64) {
+	for i := range b.t.Guests {
+		if v, err := b.m.Load64(line(barriers, i)); err == nil {
+			sum += v
+		}
+	}
+	return sum
+}
+
+// ended reports whether the machine's run has ended.
+func (b *bed) ended() bool {
+	select {
+	case <-b.dead:
+		return true
+	default:
+		return false
+	}
 }
 
 // runRound runs one round.
@@ -496,7 +506,8 @@ func (b *bed) runRound() error {
 	phase := 3 * b.round
 	errs := []error{b.m.Store64(phaseWord, phase)}
 	for i := range b.t.Guests {
-		errs = append(errs, b.m.Store64(line(startWords, i), uint64(b.delay[i])), b.m.Store64(line(gapWords, i), uint64(b.gap[i])))
+		errs = append(errs, b.m.Store64(line(startWords, i), uint64(b.delay[i])), b.m.Store64(line(gapWords, i), uint64(b.gap[i])),
+			b.m.Store64(line(splitWords, i), uint64(b.split[i])))
 	}
 	b.started.Store(false)
 	b.open.Store(0)
@@ -511,14 +522,10 @@ func (b *bed) runRound() error {
 	}
 	b.begun.Store(b.round)
 	if len(b.hosts) > 0 {
-		if b.crowded {
-			// All vCPUs have to run for instances to begin. The sleep ends at a random time.
-			time.Sleep(time.Microsecond)
-		}
 		b.hosts[0].round()
 	}
 	for _, h := range b.hosts[min(1, len(b.hosts)):] {
-		if _, err := b.wait("host thread "+h.th.Name, func() bool { return h.done.Load() == b.round }, true); err != nil {
+		if err := b.wait("host thread "+h.th.Name, true, func() bool { return h.done.Load() == b.round }); err != nil {
 			return err
 		}
 	}
@@ -531,15 +538,15 @@ func (b *bed) runRound() error {
 		return err
 	}
 	for i := range b.t.Guests {
-		if _, err := b.wait(fmt.Sprintf("guest thread %s", b.t.Guests[i].Name), func() bool { return b.ended(i) }, true); err != nil {
+		if err := b.wait("guest thread "+b.t.Guests[i].Name, true, func() bool { return b.done(i) }); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// ended reports whether a guest thread has ended the round.
-func (b *bed) ended(i int) bool {
+// done reports whether a guest thread has ended the round.
+func (b *bed) done(i int) bool {
 	v, err := b.m.Load64(line(doneWords, i))
 	return err == nil && v == b.round
 }
@@ -547,7 +554,7 @@ func (b *bed) ended(i int) bool {
 // marked reports whether a guest thread has reached its mark in the round, or its end.
 func (b *bed) marked(i int) bool {
 	v, err := b.m.Load64(line(markWords, i))
-	return err == nil && v == b.round || b.ended(i)
+	return err == nil && v == b.round || b.done(i)
 }
 
 // jitter chooses delays.
@@ -555,8 +562,12 @@ func (b *bed) jitter() {
 	for i := range b.t.Guests {
 		b.delay[i] = b.rng.IntN(int(b.startSpan.turns)/4 + 1)
 		b.gap[i] = b.rng.IntN(2*int(b.startSpan.turns)/b.c.Instances + 1)
+		b.split[i] = 0
+		if n := len(b.t.Guests[i].Statements); n > 1 && b.rng.IntN(4) > 0 {
+			b.split[i] = 1 + b.rng.IntN(n-1)
+		}
 		if !b.t.hasHosts() {
-			b.delay[i], b.gap[i] = b.rng.IntN(64), 0
+			b.delay[i], b.gap[i], b.split[i] = b.rng.IntN(64), 0, 0
 		}
 	}
 	for i := range b.hostWait {
@@ -564,40 +575,71 @@ func (b *bed) jitter() {
 	}
 }
 
-// adapt changes the delays by how many instances of a round came before the change, and how
-// many after it: some of each, and most of them in between, is what makes a round worth it.
-// It is quick until it has been right once.
-func (b *bed) adapt(before, after int) {
+// adapt changes the delays by how many instances of a round came before the change, how many
+// after it, and how many overlapped it: some of each is what makes a round worth it.
+//
+// Where vCPUs are kept out of the guest during the change, no more than one or two can overlap it,
+// however the delays are: then it is enough that the change comes in the middle.
+func (b *bed) adapt(before, after, overlapping int) {
 	n := b.c.Instances
-	b.startSpan.adapt(after, n)
-	b.hostSpan.adapt(before, n)
+	start, host := 0, 0 // 1: longer; -1: shorter
+	switch {
+	case before == n:
+		start, host = 1, -1
+	case after == n:
+		start, host = -1, 1
+	default:
+		if after == 0 {
+			start = 1
+		} else if after > n/2 && overlapping > 2 {
+			start = -1
+		}
+		if before == 0 {
+			host = 1
+		} else if before > n/2 {
+			host = -1
+		}
+	}
+	b.startSpan.adapt(start, maxStart)
+	b.hostSpan.adapt(host, b.maxHost())
 }
 
-// span is the most turns that a delay takes, by which instances are moved out of one end of
-// the change.
+// span is the most turns that a delay takes.
 type span struct {
 	turns   float64
-	settled bool
+	settled bool // it has been right once
 }
 
-// maxSpan bounds the turns of a delay: a few milliseconds.
-const maxSpan = 1 << 23
+// The most turns of delays: some tenths of a millisecond, which is what most changes take. A host
+// that waits for the guest by itself need not be delayed at all.
+const (
+	maxStart = 1 << 20
+	maxHost  = 1 << 18
+)
 
-// adapt goes by how many of n instances were out there.
-func (s *span) adapt(out, n int) {
+// maxHost is longer where the host sleeps, which takes nobody's time.
+func (b *bed) maxHost() float64 {
+	if b.crowded {
+		return 4 * maxHost
+	}
+	return maxHost
+}
+
+// adapt makes the span longer or shorter, by much until it has been right.
+func (s *span) adapt(by int, most float64) {
 	up, down := 2.0, 0.5
 	if s.settled {
 		up, down = 1.2, 0.85
 	}
-	switch {
-	case out == 0:
+	switch by {
+	case 1:
 		s.turns *= up
-	case out > n/4:
+	case -1:
 		s.turns *= down
 	default:
 		s.settled = true
 	}
-	s.turns = min(max(s.turns, 16), maxSpan)
+	s.turns = min(max(s.turns, 16), most)
 }
 
 // reset makes everything what it is at the beginning of a round.
@@ -693,7 +735,7 @@ func (b *bed) count(y *tally, r *Result) {
 			clear(b.finals[i])
 		}
 	}
-	var before, after int
+	var before, after, overlapping int
 	for k := range n {
 		early, late, overlap := true, true, !b.t.hasHosts()
 		for i := range b.t.Guests {
@@ -714,12 +756,13 @@ func (b *bed) count(y *tally, r *Result) {
 		r.Iterations++
 		if overlap {
 			r.Effective++
+			overlapping++
 		}
 		if y.add(b.outcome, overlap) && len(r.Sightings) < maxSightings {
-			r.Sightings = append(r.Sightings, Sighting{b.t.outcomeText(b.outcome), b.round, k, slices.Clone(b.delay), slices.Clone(b.gap), slices.Clone(b.hostWait)})
+			r.Sightings = append(r.Sightings, Sighting{b.t.outcomeText(b.outcome), b.round, k, slices.Clone(b.delay), slices.Clone(b.gap), slices.Clone(b.split), slices.Clone(b.hostWait)})
 		}
 	}
-	b.adapt(before, after)
+	b.adapt(before, after, overlapping)
 }
 
 // value returns a part of the outcome of an instance.

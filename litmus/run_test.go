@@ -24,7 +24,7 @@ var (
 
 // quick is a run that is long enough to see that a test works.
 func quick(t *testing.T, x *Test) Config {
-	c := Config{Iterations: *iterations, Seed: gvmtest.Seed(t) | 1}
+	c := Config{Iterations: *iterations, Duration: 20 * time.Second, Seed: gvmtest.Seed(t) | 1}
 	if c.Iterations == 0 {
 		c.Iterations, c.Duration = 200, 150*time.Millisecond
 	}

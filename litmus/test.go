@@ -12,23 +12,23 @@ import (
 
 // Limits of a test. They bound what a file can ask of the machine.
 const (
-	MaxText       = 64 << 10 // bytes of a file
-	MaxNames      = 12       // pages, aliases and mapped addresses
-	MaxHuge       = 4        // pages that are huge
-	MaxPages      = addr.HugeSize / addr.PageSize
-	MaxGuests     = 4
-	MaxHosts      = 4
-	MaxStatements = 64   // of a thread
-	MaxInstances  = 64   // of a test with threads of the host, whose changes are of one page
-	MaxLines      = 1024 // instances of a test without
-	MaxReplaces   = 32
-	MaxValue      = 1<<31 - 1
-	MaxDelay      = 1 << 20
-	MaxClauses    = 16
-	Registers     = 8
-	Words         = 8 // of a page, for each instance
-	maxName       = 40
-	maxDepth      = 32 // of parentheses
+	MaxText           = 64 << 10 // bytes of a file
+	MaxNames          = 12       // pages, aliases and mapped addresses
+	MaxHuge           = 4        // pages that are huge
+	MaxPages          = addr.HugeSize / addr.PageSize
+	MaxGuests         = 4
+	MaxHosts          = 4
+	MaxStatements     = 64   // of a thread
+	MaxInstances      = 64   // of a test with threads of the host: words of all are on one page, which they change
+	MaxGuestInstances = 1024 // of a test without
+	MaxReplaces       = 32   // statements that put a page in the place of another
+	MaxValue          = 1<<31 - 1
+	MaxDelay          = 1 << 20
+	MaxClauses        = 16
+	Registers         = 8
+	Words             = 8 // of a page, for each instance
+	maxName           = 40
+	maxDepth          = 32 // of parentheses
 )
 
 // lineBytes is the distance of one instance's words from the next one's.
@@ -333,7 +333,7 @@ func (t *Test) maxInstances() int {
 	if t.hasHosts() {
 		return MaxInstances
 	}
-	return MaxLines
+	return MaxGuestInstances
 }
 
 // FullName returns the test's name, with that of the form after a slash.

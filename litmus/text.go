@@ -57,7 +57,10 @@ func (r *Result) WriteText(w io.Writer) error {
 		if r.Verdict != Violated {
 			break
 		}
-		fmt.Fprintf(&b, "  seen: %s in round %d, instance %d, seed %d, delays %v, gaps %v, the host's %v\n", s.Outcome, s.Round, s.Instance, r.Seed, s.Start, s.Gap, s.HostWait)
+		fmt.Fprintf(&b, "  seen: %s in round %d, instance %d, seed %d, delays %v, gaps %v at %v, the host's %v\n", s.Outcome, s.Round, s.Instance, r.Seed, s.Start, s.Gap, s.Split, s.HostWait)
+	}
+	if r.Verdict == Violated {
+		fmt.Fprintf(&b, "  again: gvm litmus run --seed %d --instances %d --iterations %d %s\n", r.Seed, r.Instances, r.Wanted, r.Test)
 	}
 	_, err := io.WriteString(w, b.String())
 	return err

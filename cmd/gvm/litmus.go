@@ -29,8 +29,9 @@ func litmusCommand() *cli.Command {
 the mappings of these pages, and says which outcomes are forbidden. It is run very
 often, and every outcome is counted.
 
-TEST is the name of a built-in test, or a file, whose name ends in .litmus or has a
-slash. "gvm help litmus-tests" tells how to write one.`,
+TEST is the name of a built-in test, or that with a slash and the name of a sensitive
+form, or a file: any other name with a slash, or one that ends in .litmus. "gvm help
+litmus-tests" tells how to write one.`,
 		Subcommands: []*cli.Command{litmusListCommand(), litmusRunCommand(), litmusShowCommand()},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
@@ -56,7 +57,7 @@ type litmusTest struct {
 }
 
 func describeLitmus(t *litmus.Test) litmusTest {
-	d := litmusTest{Name: t.Name, About: t.About, Guests: len(t.Guests), Hosts: len(t.Hosts), Instances: t.Instances,
+	d := litmusTest{Name: t.FullName(), About: t.About, Guests: len(t.Guests), Hosts: len(t.Hosts), Instances: t.Instances,
 		Needs: append([]litmus.Need{}, t.Needs...), Sensitive: []string{}}
 	if err := litmus.ThisHost().Lacks(t); err != nil {
 		d.Lacks = err.Error()
@@ -153,6 +154,10 @@ func findLitmus(names []string) ([]*litmus.Test, error) {
 		if strings.HasPrefix(name, "-") {
 			return nil, fmt.Errorf("flags go before the tests: put %s before %s", name, names[0])
 		}
+		if t, ok := litmusForm(name); ok {
+			tests = append(tests, t)
+			continue
+		}
 		if !strings.HasSuffix(name, ".litmus") && !strings.ContainsRune(name, filepath.Separator) {
 			t, err := litmus.Lookup(name)
 			if err != nil {
@@ -172,6 +177,19 @@ func findLitmus(names []string) ([]*litmus.Test, error) {
 		tests = append(tests, t)
 	}
 	return tests, nil
+}
+
+// litmusForm returns the sensitive form of a built-in test that a name such as mp/backwards
+// means.
+func litmusForm(name string) (*litmus.Test, bool) {
+	for _, t := range litmus.All() {
+		for _, f := range t.Sensitive {
+			if f.FullName() == name {
+				return f, true
+			}
+		}
+	}
+	return nil, false
 }
 
 // litmusConfig is what a command line of "gvm litmus run" asks for.
@@ -235,8 +253,8 @@ func (cfg *litmusConfig) parse() error {
 	if cfg.run.Duration < 0 {
 		return fmt.Errorf("a duration of %v is negative", cfg.run.Duration)
 	}
-	if cfg.run.Instances < 0 || cfg.run.Instances > litmus.MaxLines {
-		return fmt.Errorf("%d instances are not in 1 to %d", cfg.run.Instances, litmus.MaxLines)
+	if cfg.run.Instances < 0 || cfg.run.Instances > litmus.MaxGuestInstances {
+		return fmt.Errorf("%d instances are not in 1 to %d", cfg.run.Instances, litmus.MaxGuestInstances)
 	}
 	if cfg.pin != "" {
 		for text := range strings.SplitSeq(cfg.pin, ",") {
@@ -285,7 +303,8 @@ func runLitmus(ctx context.Context, cfg *litmusConfig, stdout, stderr io.Writer)
 			}
 			failed = errors.Join(failed, cfg.keepResult(r))
 		}
-		if failed = errors.Join(err, failed); failed != nil {
+		failed = errors.Join(failed, err)
+		if ctx.Err() != nil || errors.Is(err, litmus.ErrConfig) {
 			break
 		}
 	}

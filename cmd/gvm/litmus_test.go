@@ -39,6 +39,9 @@ func TestLitmusShow(t *testing.T) {
 			t.Errorf("status %d, standard error %q; want %q in\n%s", r.status, r.stderr, want, r.stdout)
 		}
 	}
+	if r := gvm(t.Context(), "", "litmus", "show", "mp/backwards"); r.status != 0 || !strings.Contains(r.stdout, "; line 19: store y 1\n") {
+		t.Errorf("a form: status %d, standard error %q, standard output\n%s", r.status, r.stderr, r.stdout)
+	}
 	var x litmusTest
 	r = gvm(t.Context(), "", "litmus", "show", "--json", "../../examples/litmus/first.litmus")
 	if err := json.Unmarshal([]byte(r.stdout), &x); err != nil || x.Name != "first" || !strings.Contains(x.Text, "discard x") || !strings.Contains(x.Code, "; guest P0") {
@@ -74,12 +77,12 @@ func TestLitmusUsage(t *testing.T) {
 // TestLitmusRun runs two tests and a form, as text and as JSON.
 func TestLitmusRun(t *testing.T) {
 	gvmtest.Need(t, gvmtest.KVM)
-	r := gvm(t.Context(), "", "litmus", "run", "--iterations", "100", "--duration", "1s", "--seed", "9", "--pin", "0", "sb-fence", "pageout-swap", "write-move")
+	r := gvm(t.Context(), "", "litmus", "run", "--iterations", "100", "--instances", "32", "--duration", "1s", "--seed", "9", "--pin", "0", "sb-fence", "pageout-swap", "write-move")
 	t.Log("\n" + r.stdout)
 	if r.status != 0 || r.stderr != "" || !strings.HasPrefix(r.stdout, "sb-fence\n") || !strings.Contains(r.stdout, "\n3 runs: ") || !strings.HasSuffix(r.stdout, "\nseed 9\n") {
 		t.Errorf("status %d, standard error %q, standard output\n%s", r.status, r.stderr, r.stdout)
 	}
-	r = gvm(t.Context(), "", "litmus", "run", "--json", "--iterations", "100", "--duration", "20s", "--sensitive", "sb-fence")
+	r = gvm(t.Context(), "", "litmus", "run", "--json", "--iterations", "100", "--instances", "32", "--duration", "20s", "--sensitive", "sb-fence")
 	var all litmusResult
 	d := json.NewDecoder(strings.NewReader(r.stdout))
 	d.DisallowUnknownFields()
