@@ -23,13 +23,14 @@ const module = "github.com/secondmmu/gvm/"
 // rooms is what each package may import of the module, and from outside of it
 // apart from the standard library. Imports point down this list.
 var rooms = []struct{ name, imports string }{
-	{"cmd/gvm", "audit demo doctor epoch hostops litmus vm shadow mm notifier guests trace addr github.com/urfave/cli/v2 github.com/schollz/progressbar/v3 golang.org/x/term golang.org/x/sys/unix"},
+	{"cmd/gvm", "audit demo doctor epoch hostops litmus vm shadow mm notifier boot guests trace addr github.com/urfave/cli/v2 github.com/schollz/progressbar/v3 golang.org/x/term golang.org/x/sys/unix"},
 	{"demo", "vm mm guests trace addr"},
 	{"audit", "epoch vm hostops shadow mm kvm guests trace internal/pagemap internal/tracefs internal/perf addr golang.org/x/sys/unix"},
 	{"litmus", "vm shadow mm notifier kvm guests internal/hostmem addr golang.org/x/sys/unix golang.org/x/arch/x86/x86asm"},
 	{"epoch", "vm hostops dirty guests addr golang.org/x/sys/unix"},
 	{"doctor", "vm mm kvm guests internal/uffd internal/pagemap internal/tracefs internal/perf addr golang.org/x/sys/unix"},
-	{"vm", "shadow mm dirty kvm guests trace internal/lockorder addr golang.org/x/sys/unix golang.org/x/arch/x86/x86asm"},
+	{"vm", "shadow mm dirty kvm boot guests trace internal/lockorder addr golang.org/x/sys/unix golang.org/x/arch/x86/x86asm"},
+	{"boot", "addr"},
 	{"guests", "addr"},
 	{"shadow", "notifier dirty srcu trace internal/hostmem internal/interval internal/lockorder addr"},
 	{"hmm", "notifier srcu internal/lockorder addr"},

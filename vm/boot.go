@@ -37,12 +37,11 @@ func (m *Machine) BootImage(name string, image []byte) error {
 // bootWith puts what load returns into the machine: a parameter page and an image.
 func (m *Machine) bootWith(name string, load func() (page, image []byte, err error)) error {
 	fail := func(err error) error { return fmt.Errorf("boot guest %s: %w", name, err) }
-	m.mu.Lock()
-	booted := m.booted || m.closed
-	m.booted = true
-	m.mu.Unlock()
-	if booted {
-		return fail(errors.New("the machine has been booted or closed"))
+	if m.config.Board != Bare {
+		return fail(fmt.Errorf("the machine's board is %v, which is for images of package boot", m.config.Board))
+	}
+	if err := m.bootOnce(); err != nil {
+		return fail(err)
 	}
 	page, image, err := load()
 	if err != nil {

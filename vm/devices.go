@@ -14,20 +14,42 @@ import (
 // devices are what guests find behind ports. A port without a device reads all
 // ones, and what is written to it is dropped.
 type devices struct {
-	mu      sync.Mutex // protects console; one write at a time
+	mu      sync.Mutex // protects what is written to: one write at a time
 	console io.Writer  // or nil
+	serial  io.Writer  // or nil: console
 	uart    uart
+	pc      pc
+}
+
+func (d *devices) init(m *Machine) {
+	d.console, d.serial = m.config.Console, m.config.Serial
+	d.uart.init()
+	d.pc.init(m)
+	if m.config.Board == PC {
+		// The lines exist as long as the VM, which outlives the UART's last use of one.
+		d.uart.line = func(level bool) { _ = m.vm.SetIRQLine(irqUART, level) }
+	}
 }
 
 // print writes to the console.
-func (d *devices) print(p []byte) error {
+func (d *devices) print(p []byte) error { return d.write(d.console, "the console", p) }
+
+// send writes what the UART has sent.
+func (d *devices) send(c byte) error {
+	if d.serial != nil {
+		return d.write(d.serial, "the serial port's output", []byte{c})
+	}
+	return d.print([]byte{c})
+}
+
+func (d *devices) write(w io.Writer, name string, p []byte) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.console == nil {
+	if w == nil {
 		return nil
 	}
-	if _, err := d.console.Write(p); err != nil {
-		return fmt.Errorf("write to the console: %w", err)
+	if _, err := w.Write(p); err != nil {
+		return fmt.Errorf("write to %s: %w", name, err)
 	}
 	return nil
 }
@@ -51,6 +73,9 @@ func (v *vcpu) print(gpa addr.GPA) error {
 // portIO carries out an access to a port, one element after the other.
 func (v *vcpu) portIO(e *kvm.IOExit) error {
 	d := &v.m.devices
+	if v.m.config.Board != Bare {
+		return d.pc.portIO(e)
+	}
 	if e.Port == guests.PortConsole && !e.In && e.Size == 1 {
 		return d.print(e.Data) // all elements at once
 	}
@@ -63,7 +88,7 @@ func (v *vcpu) portIO(e *kvm.IOExit) error {
 			element[0] = d.uart.in(port - guests.PortUART)
 		case guests.PortUART <= port && port < guests.PortUART+uartPorts:
 			if c, ok := d.uart.out(port-guests.PortUART, element[0]); ok {
-				err = d.print([]byte{c})
+				err = d.send(c)
 			}
 		case port == guests.PortPrint && !e.In:
 			err = v.print(addr.GPA(le(element)))

@@ -103,8 +103,8 @@ func (v *vcpu) exitError(exit kvm.Exit, reason string) error {
 }
 
 // isReset reports whether a vCPU is about to fetch its first instruction after
-// RESET or INIT. No guest here begins there, or gets there: it would have to
-// leave long mode and jump to the firmware that there is none of.
+// RESET or INIT. No guest here begins there, or gets there: it would have to be in real
+// mode and jump to the firmware that there is none of.
 func isReset(regs *kvm.Regs, sregs *kvm.Sregs) bool {
 	const protected = 1 << 0
 	return regs.Rip == 0xfff0 && sregs.CS.Base == 0xffff0000 && sregs.CR0&protected == 0
@@ -372,9 +372,14 @@ func (v *vcpu) firstUnbacked(uses []use) (use, bool) {
 // uses returns the uses of guest RAM by the instruction at rip, beginning with
 // its fetch, and whether it could be decoded: if not, the fetch is all.
 func (v *vcpu) uses(regs *kvm.Regs) (uses []use, decoded bool) {
+	sregs, err := v.cpu.Sregs()
+	if err != nil {
+		return nil, false
+	}
+	mode, fetch := codeMode(&sregs, regs.Rip)
 	code := make([]byte, 0, 15)
 	for len(code) < cap(code) {
-		at := addr.GVA(regs.Rip + uint64(len(code)))
+		at := fetch + addr.GVA(len(code))
 		n := min(cap(code)-len(code), int(addr.PageSize-at&addr.PageMask))
 		t, err := v.cpu.Translate(at)
 		if err != nil || !t.Valid {
@@ -387,11 +392,7 @@ func (v *vcpu) uses(regs *kvm.Regs) (uses []use, decoded bool) {
 		}
 		code = append(code, chunk...)
 	}
-	sregs, err := v.cpu.Sregs()
-	if err != nil {
-		return uses, false
-	}
-	inst, err := x86asm.Decode(code, 64)
+	inst, err := x86asm.Decode(code, mode)
 	if err != nil || inst.Op == 0 {
 		return uses, false
 	}
@@ -413,6 +414,20 @@ func (v *vcpu) uses(regs *kvm.Regs) (uses []use, decoded bool) {
 	return uses, true
 }
 
+// codeMode returns the number of bits of the code that a vCPU runs, and the address of the
+// instruction at rip.
+func codeMode(sregs *kvm.Sregs, rip uint64) (bits int, at addr.GVA) {
+	switch {
+	case sregs.EFER&eferLMA != 0 && sregs.CS.L != 0:
+		return 64, addr.GVA(rip)
+	case sregs.CS.DB != 0:
+		bits = 32
+	default:
+		bits = 16
+	}
+	return bits, addr.GVA(uint32(sregs.CS.Base + rip))
+}
+
 // operand is memory that an instruction names.
 type operand struct {
 	gva    addr.GVA
@@ -428,12 +443,10 @@ func operands(inst *x86asm.Inst, regs *kvm.Regs, sregs *kvm.Sregs) []operand {
 		if mem, ok := arg.(x86asm.Mem); ok && inst.Op != x86asm.LEA && inst.Op != x86asm.NOP {
 			gva := uint64(mem.Disp)
 			gva += register(mem.Base, inst, regs) + uint64(mem.Scale)*register(mem.Index, inst, regs)
-			switch mem.Segment {
-			case x86asm.FS:
-				gva += sregs.FS.Base
-			case x86asm.GS:
-				gva += sregs.GS.Base
+			if inst.AddrSize == 16 {
+				gva &= 0xffff
 			}
+			gva = linear(inst, gva+segmentBase(mem, inst, sregs))
 			n := inst.MemBytes
 			if n == 0 {
 				n = stringBytes(inst.Op)
@@ -445,16 +458,71 @@ func operands(inst *x86asm.Inst, regs *kvm.Regs, sregs *kvm.Sregs) []operand {
 			ops = append(ops, operand{addr.GVA(gva), n, access})
 		}
 	}
-	const word = 8
+	word, mask := 8, ^uint64(0) // of the stack
+	if inst.Mode != 64 {
+		word = inst.DataSize / 8
+		if mask = 0xffffffff; sregs.SS.DB == 0 {
+			mask = 0xffff
+		}
+	}
+	stack := func(at uint64, access addr.Access) {
+		gva := at & mask
+		if inst.Mode != 64 {
+			gva += sregs.SS.Base
+		}
+		ops = append(ops, operand{addr.GVA(linear(inst, gva)), word, access})
+	}
 	switch inst.Op {
-	case x86asm.PUSH, x86asm.CALL, x86asm.PUSHF, x86asm.PUSHFQ, x86asm.ENTER:
-		ops = append(ops, operand{addr.GVA(regs.Rsp - word), word, addr.Write})
-	case x86asm.POP, x86asm.RET, x86asm.POPF, x86asm.POPFQ:
-		ops = append(ops, operand{addr.GVA(regs.Rsp), word, addr.Read})
+	case x86asm.PUSH, x86asm.CALL, x86asm.PUSHF, x86asm.PUSHFD, x86asm.PUSHFQ, x86asm.ENTER:
+		stack(regs.Rsp-uint64(word), addr.Write)
+	case x86asm.POP, x86asm.RET, x86asm.POPF, x86asm.POPFD, x86asm.POPFQ:
+		stack(regs.Rsp, addr.Read)
 	case x86asm.LEAVE:
-		ops = append(ops, operand{addr.GVA(regs.Rbp), word, addr.Read})
+		stack(regs.Rbp, addr.Read)
+	case x86asm.PUSHA, x86asm.PUSHAD:
+		word *= 8
+		stack(regs.Rsp-uint64(word), addr.Write)
+	case x86asm.POPA, x86asm.POPAD:
+		word *= 8
+		stack(regs.Rsp, addr.Read)
 	}
 	return ops
+}
+
+// segmentBase returns the base of the segment that an operand is in.
+func segmentBase(mem x86asm.Mem, inst *x86asm.Inst, sregs *kvm.Sregs) uint64 {
+	switch mem.Segment {
+	case x86asm.FS:
+		return sregs.FS.Base
+	case x86asm.GS:
+		return sregs.GS.Base
+	}
+	if inst.Mode == 64 {
+		return 0 // the others have none
+	}
+	switch mem.Segment {
+	case x86asm.CS:
+		return sregs.CS.Base
+	case x86asm.ES:
+		return sregs.ES.Base
+	case x86asm.SS:
+		return sregs.SS.Base
+	case x86asm.DS:
+		return sregs.DS.Base
+	}
+	switch mem.Base {
+	case x86asm.SP, x86asm.BP, x86asm.ESP, x86asm.EBP:
+		return sregs.SS.Base
+	}
+	return sregs.DS.Base
+}
+
+// linear returns an address as the instruction's mode has it.
+func linear(inst *x86asm.Inst, gva uint64) uint64 {
+	if inst.Mode != 64 {
+		return uint64(uint32(gva))
+	}
+	return gva
 }
 
 // destination returns how an instruction uses the first of its operands. That it
@@ -506,6 +574,8 @@ func register(r x86asm.Reg, inst *x86asm.Inst, regs *kvm.Regs) uint64 {
 		return byNumber[r-x86asm.RAX]
 	case x86asm.EAX <= r && r <= x86asm.R15L:
 		return byNumber[r-x86asm.EAX] & 0xffffffff
+	case x86asm.AX <= r && r <= x86asm.R15W:
+		return byNumber[r-x86asm.AX] & 0xffff
 	case r == x86asm.RIP:
 		return regs.Rip + uint64(inst.Len)
 	}

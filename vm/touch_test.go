@@ -66,11 +66,66 @@ func TestOperands(t *testing.T) {
 	}
 }
 
+// TestOperandsOfOtherModes is TestOperands for 16-bit and 32-bit code, whose segments have bases.
+func TestOperandsOfOtherModes(t *testing.T) {
+	regs := kvm.Regs{Rbx: 0x2000, Rsi: 0xf000, Rdi: 0x6000, Rsp: 0x17000, Rbp: 0x8000}
+	sregs := kvm.Sregs{
+		CS: kvm.Segment{Base: 0x10000}, DS: kvm.Segment{Base: 0x20000}, ES: kvm.Segment{Base: 0x30000},
+		SS: kvm.Segment{Base: 0x40000}, FS: kvm.Segment{Base: 0xfffff000},
+	}
+	for name, tt := range map[string]struct {
+		mode int
+		code []byte
+		want []operand
+	}{
+		"mov (%bx,%si), %ax":   {16, []byte{0x8b, 0x00}, []operand{{0x21000, 2, addr.Read}}}, // an offset has 16 bits
+		"mov 2(%bp), %ax":      {16, []byte{0x8b, 0x46, 2}, []operand{{0x48002, 2, addr.Read}}},
+		"mov %al, %es:(%bx)":   {16, []byte{0x26, 0x88, 0x07}, []operand{{0x32000, 1, addr.Write}}},
+		"mov %al, %cs:(%bx)":   {16, []byte{0x2e, 0x88, 0x07}, []operand{{0x12000, 1, addr.Write}}},
+		"push %ax":             {16, []byte{0x50}, []operand{{0x40000 + 0x6ffe, 2, addr.Write}}},
+		"movsb":                {16, []byte{0xa4}, []operand{{0x36000, 1, addr.Write}, {0x2f000, 1, addr.Read}}},
+		"mov (%ebx), %eax":     {32, []byte{0x8b, 0x03}, []operand{{0x22000, 4, addr.Read}}},
+		"mov %eax, (%ebp)":     {32, []byte{0x89, 0x45, 0}, []operand{{0x48000, 4, addr.Write}}},
+		"mov %fs:(%ebx), %eax": {32, []byte{0x64, 0x8b, 0x03}, []operand{{0x1000, 4, addr.Read}}},
+		"call":                 {32, []byte{0xe8, 0, 0, 0, 0}, []operand{{0x40000 + 0x6ffc, 4, addr.Write}}},
+		"ret":                  {32, []byte{0xc3}, []operand{{0x47000, 4, addr.Read}}},
+		"pusha":                {32, []byte{0x60}, []operand{{0x40000 + 0x6fe0, 32, addr.Write}}},
+		"popa":                 {32, []byte{0x61}, []operand{{0x47000, 32, addr.Read}}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inst, err := x86asm.Decode(tt.code, tt.mode)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(tt.want, operands(&inst, &regs, &sregs), cmp.AllowUnexported(operand{})); diff != "" {
+				t.Errorf("operands of %s (-want +got):\n%s", inst, diff)
+			}
+		})
+	}
+}
+
+func TestCodeMode(t *testing.T) {
+	long := kvm.Segment{L: 1, Base: 0x1000}
+	for name, tt := range map[string]struct {
+		sregs kvm.Sregs
+		bits  int
+		at    addr.GVA
+	}{
+		"64": {kvm.Sregs{EFER: eferLMA, CS: long}, 64, 0x1_0000_0010},
+		"32": {kvm.Sregs{CS: kvm.Segment{DB: 1, Base: 0x1000}}, 32, 0x1010},
+		"16": {kvm.Sregs{CS: kvm.Segment{Base: 0xf0000}}, 16, 0xf0010},
+	} {
+		if bits, at := codeMode(&tt.sregs, 0x1_0000_0010); bits != tt.bits || at != tt.at {
+			t.Errorf("%s: %d bits at %v, want %d at %v", name, bits, at, tt.bits, tt.at)
+		}
+	}
+}
+
 // FuzzOperands decodes any bytes with any registers: at worst nothing is found.
 func FuzzOperands(f *testing.F) {
 	f.Add([]byte{0x48, 0x8b, 0x08}, uint64(1))
 	f.Fuzz(func(t *testing.T, code []byte, v uint64) {
-		inst, err := x86asm.Decode(code, 64)
+		inst, err := x86asm.Decode(code, []int{16, 32, 64, 64}[v%4])
 		if err != nil {
 			return
 		}

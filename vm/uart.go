@@ -6,14 +6,20 @@ import (
 	"sync"
 )
 
-// uart is as much of a 16550 as polled drivers need: characters go out at once,
-// and characters that came in wait to be read. It raises no interrupts.
+// uart is a 16550 on a line of any speed: characters go out at once, and characters that
+// came in wait on the line until the guest reads them, so that emptying the FIFO loses
+// none. It interrupts where there is somebody to interrupt.
 type uart struct {
+	line func(level bool) // sets the interrupt line, inside mu; nil: there is none
+
 	mu      sync.Mutex // protects what follows; a leaf
 	read    sync.Cond  // signalled when input is read, and when the line is closed
 	closed  bool       // nothing more comes in
 	input   []byte     // received and not read yet
+	sent    bool       // the guest has not been told that what it sent is gone
+	level   bool       // of the interrupt line
 	ier     byte
+	fifo    bool // the guest has turned the FIFOs on
 	lcr     byte
 	mcr     byte
 	scr     byte
@@ -40,7 +46,15 @@ const (
 	lsrReady = 1 << 0 // a character has come in
 	lsrEmpty = 3 << 5 // what was sent is gone
 
-	iirNone = 1 // no interrupt is pending
+	ierData = 1 << 0 // interrupt when a character has come in
+	ierSent = 1 << 1 // interrupt when what was sent is gone
+
+	iirNone  = 1 // no interrupt is pending
+	iirSent  = 2
+	iirData  = 4
+	iirFIFOs = 0xc0
+
+	fcrEnable = 1 << 0
 
 	mcrLoop = 1 << 4 // what is sent comes in
 
@@ -67,6 +81,7 @@ func (u *uart) Write(p []byte) (n int, err error) {
 		part := p[:min(len(p), maxInput-len(u.input))]
 		u.input = append(u.input, part...)
 		p, n = p[len(part):], n+len(part)
+		u.interruptLocked()
 	}
 	return n, nil
 }
@@ -77,6 +92,30 @@ func (u *uart) close() {
 	defer u.mu.Unlock()
 	u.closed = true
 	u.read.Broadcast()
+}
+
+// causeLocked returns what the guest is to be interrupted for, as IIR has it.
+//
+// Preconditions: u.mu is held.
+func (u *uart) causeLocked() byte {
+	switch {
+	case u.ier&ierData != 0 && len(u.input) > 0:
+		return iirData
+	case u.ier&ierSent != 0 && u.sent:
+		return iirSent
+	}
+	return iirNone
+}
+
+// interruptLocked sets the interrupt line to what the registers say.
+//
+// Preconditions: u.mu is held.
+func (u *uart) interruptLocked() {
+	level := u.causeLocked() != iirNone
+	if level != u.level && u.line != nil {
+		u.line(level)
+	}
+	u.level = level
 }
 
 // in reads a register.
@@ -95,6 +134,7 @@ func (u *uart) in(reg uint16) byte {
 		c := u.input[0]
 		u.input = u.input[1:]
 		u.read.Broadcast()
+		u.interruptLocked()
 		return c
 	case uartIER:
 		if latch {
@@ -102,7 +142,15 @@ func (u *uart) in(reg uint16) byte {
 		}
 		return u.ier
 	case uartIIR:
-		return iirNone
+		iir := u.causeLocked()
+		if iir == iirSent {
+			u.sent = false
+			u.interruptLocked()
+		}
+		if u.fifo {
+			iir |= iirFIFOs
+		}
+		return iir
 	case uartLCR:
 		return u.lcr
 	case uartMCR:
@@ -114,7 +162,11 @@ func (u *uart) in(reg uint16) byte {
 		}
 		return lsr
 	case uartMSR:
-		return msrConnected
+		if u.mcr&mcrLoop == 0 {
+			return msrConnected
+		}
+		// Its outputs are its inputs: RTS is CTS, DTR is DSR, and the two others follow.
+		return (u.mcr&1<<1 | u.mcr&2>>1 | u.mcr&0xc) << 4
 	}
 	return u.scr
 }
@@ -133,15 +185,25 @@ func (u *uart) out(reg uint16, b byte) (c byte, sent bool) {
 			if len(u.input) < maxInput { // more is lost, as on a line
 				u.input = append(u.input, b)
 			}
+			u.interruptLocked()
 		default:
+			// It is gone at once: an interrupt that was asked for ends, and the next begins.
+			u.sent = false
+			u.interruptLocked()
+			u.sent = true
+			u.interruptLocked()
 			return b, true
 		}
 	case uartIER:
 		if latch {
 			u.divisor[1] = b
 		} else {
+			u.sent = u.sent || b&^u.ier&ierSent != 0
 			u.ier = b & 0xf
+			u.interruptLocked()
 		}
+	case uartIIR:
+		u.fifo = b&fcrEnable != 0
 	case uartLCR:
 		u.lcr = b
 	case uartMCR:

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"os"
+	"slices"
 	"testing"
 	"time"
 )
@@ -25,11 +26,14 @@ func TestUART(t *testing.T) {
 		"send":                    {"", []step{write(uartData, 'h'), write(uartData, 'i')}, "hi"},
 		"receive":                 {"ab", []step{read(uartLSR, lsrEmpty|lsrReady), read(uartData, 'a'), read(uartData, 'b'), read(uartLSR, lsrEmpty)}, ""},
 		"divisor is not data":     {"a", []step{write(uartLCR, lcrDLAB|3), write(uartData, 1), write(uartIER, 2), read(uartData, 1), read(uartIER, 2), write(uartLCR, 3), read(uartData, 'a'), read(uartIER, 0)}, ""},
-		"interrupts can be asked": {"", []step{write(uartIER, 0xff), read(uartIER, 0x0f), read(uartIIR, iirNone)}, ""},
+		"interrupts can be asked": {"", []step{write(uartIER, 0xff), read(uartIER, 0x0f), read(uartIIR, iirSent), read(uartIIR, iirNone)}, ""},
+		"interrupt for input":     {"a", []step{write(uartIER, 3), read(uartIIR, iirData), read(uartIIR, iirData), read(uartData, 'a'), read(uartIIR, iirSent), read(uartIIR, iirNone)}, ""},
+		"interrupt when sent":     {"", []step{write(uartData, 'x'), read(uartIIR, iirNone), write(uartIER, 2), read(uartIIR, iirSent), write(uartData, 'y'), read(uartIIR, iirSent), write(uartIER, 0), read(uartIIR, iirNone)}, "xy"},
+		"loopback of the modem":   {"", []step{write(uartMCR, mcrLoop|0xa), read(uartMSR, 0x90), write(uartMCR, mcrLoop|5), read(uartMSR, 0x60)}, ""},
 		"loopback":                {"", []step{write(uartMCR, mcrLoop), write(uartData, 'x'), read(uartLSR, lsrEmpty|lsrReady), read(uartData, 'x')}, ""},
 		"scratch":                 {"", []step{write(uartSCR, 0x5a), read(uartSCR, 0x5a)}, ""},
 		"modem bits":              {"", []step{write(uartMCR, 0xff), read(uartMCR, 0x1f)}, ""},
-		"FIFO control":            {"", []step{write(uartIIR, 0xc7), read(uartIIR, iirNone)}, ""},
+		"FIFO control":            {"", []step{write(uartIIR, 0xc7), read(uartIIR, iirNone|iirFIFOs), write(uartIIR, 0), read(uartIIR, iirNone)}, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			u := newUART()
@@ -57,6 +61,33 @@ func newUART() *uart {
 	u := new(uart)
 	u.init()
 	return u
+}
+
+// TestUARTLine follows the interrupt line, which an edge is made of for each cause.
+func TestUARTLine(t *testing.T) {
+	u := newUART()
+	var got []bool
+	u.line = func(level bool) { got = append(got, level) }
+	for i, step := range []struct {
+		do   func()
+		want []bool
+	}{
+		{func() { u.Write([]byte("ab")) }, nil},
+		{func() { u.out(uartIER, ierData) }, []bool{true}},
+		{func() { u.in(uartData) }, nil},
+		{func() { u.in(uartData) }, []bool{false}},
+		{func() { u.out(uartIER, ierSent) }, []bool{true}},
+		{func() { u.out(uartData, 'x') }, []bool{false, true}},
+		{func() { u.in(uartIIR) }, []bool{false}},
+		{func() { u.out(uartData, 'y') }, []bool{true}},
+		{func() { u.out(uartIER, 0) }, []bool{false}},
+	} {
+		got = nil
+		step.do()
+		if !slices.Equal(got, step.want) {
+			t.Errorf("step %d: the line is set to %v, want %v", i, got, step.want)
+		}
+	}
 }
 
 // TestUARTWriteWaits gives a guest more than is kept for it: the writer waits

@@ -43,6 +43,8 @@ func (m *Machine) Start(ctx context.Context) error {
 		return errors.New("start a machine: it is closed")
 	case !m.booted:
 		return errors.New("start a machine: there is no guest in it")
+	case m.off:
+		return errors.New("start a machine: its guest has turned it off")
 	case m.cancel != nil:
 		return errors.New("start a machine: it is running")
 	}
@@ -88,8 +90,24 @@ func (m *Machine) fail(err error) {
 	m.cancel()
 }
 
-// exited reports whether every vCPU's guest has exited. No vCPU thread runs.
+// turnOff ends the run, with the status that the guest asks for. What it asks for later,
+// on another vCPU, comes too late.
+func (m *Machine) turnOff(status int) {
+	m.gate.stop() // at once: the guest does not get to its next instruction
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.off {
+		m.off, m.status = true, status&0xff
+	}
+	m.cancel()
+}
+
+// exited reports whether the guest has turned the machine off, or has exited on every vCPU.
+// No vCPU thread runs.
 func (m *Machine) exited() bool {
+	if m.off {
+		return true
+	}
 	for _, v := range m.vcpus {
 		if !v.exited {
 			return false
@@ -107,6 +125,7 @@ func (m *Machine) Done() <-chan struct{} {
 }
 
 // Wait returns when the run that was started last has ended. The status is the
+// one that the machine was turned off with, or the
 // first that is not 0 among those that vCPUs exited with, in their order. The
 // error is how the run failed: an *[ExitError], what OnMark or the console
 // returned, or the cause of the context.
@@ -118,6 +137,9 @@ func (m *Machine) Wait() (status int, err error) {
 	<-done
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.off {
+		return m.status, m.err
+	}
 	for _, v := range m.vcpus {
 		if v.status != 0 {
 			return v.status, m.err
@@ -203,11 +225,17 @@ func (v *vcpu) handle(ctx context.Context, exit kvm.Exit) error {
 	case *kvm.IOExit:
 		return v.portIO(e)
 	case *kvm.MMIOExit:
+		if v.m.config.Board != Bare {
+			if _, err := v.m.hva(e.GPA); err != nil { // it is not RAM
+				v.m.devices.pc.memory(e)
+				return nil
+			}
+		}
 		return v.touch(ctx, e)
 	case *kvm.DirtyRingFullExit:
 		return v.m.rings.makeRoom()
 	case *kvm.HLTExit:
-		// There is no interrupt controller: nothing would wake it.
+		// There is no interrupt controller, or KVM would wait: nothing would wake it.
 		v.exited = true
 		return nil
 	case *kvm.ShutdownExit:

@@ -32,6 +32,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/boot"
 	"github.com/secondmmu/gvm/dirty"
 	"github.com/secondmmu/gvm/guests"
 	"github.com/secondmmu/gvm/kvm"
@@ -81,6 +82,7 @@ type Config struct {
 	File       *os.File   // what Backing mm.File or mm.FilePrivate maps, from its start: see mm.RegionConfig.File
 	Spare      uint64     // bytes of host addresses, not mapped, that RAM can be moved to; 0: none
 	Overcommit bool       // allow more RAM than the host has memory and swap
+	Board      Board
 	Touch      Touch
 	Policy     shadow.Policy // how slots follow the mappings; Lazy does not go with Float
 	Ring0      bool          // start guests at CPL 0, which some hosts emulate, instead of 3
@@ -108,9 +110,13 @@ type Config struct {
 	// slots follow nothing: to show, and to test for, what goes wrong then.
 	Disconnected bool
 
-	// Console is given what the guest prints, on its debug port and on its UART.
-	// Writes come from vCPU threads, one at a time. nil: it is dropped.
+	// Console is given what the guest prints: on its debug ports, and on its UART if Serial
+	// is nil. Writes come from vCPU threads, one at a time. nil: it is dropped.
 	Console io.Writer
+
+	// Serial is given what the guest sends on its UART, as Console is the rest. nil: that
+	// is given it too.
+	Serial io.Writer
 
 	// OnMark is called on the vCPU's thread when the guest reaches a mark. It
 	// may change mappings and must not wait for the machine. With an error the
@@ -148,6 +154,8 @@ type Machine struct {
 	cancel context.CancelFunc // ends the run in progress; nil: none is
 	done   chan struct{}      // closed when the run in progress has ended
 	err    error              // how the run failed first
+	off    bool               // the guest has turned the machine off...
+	status int                // ...with this status
 	closed bool
 	booted bool
 
@@ -168,8 +176,7 @@ func New(c Config) (_ *Machine, err error) {
 	}
 	m := &Machine{config: c}
 	m.gate.init()
-	m.devices.console = c.Console
-	m.devices.uart.init()
+	m.devices.init(m)
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("make a machine: %w", errors.Join(err, m.free()))
@@ -188,6 +195,9 @@ func New(c Config) (_ *Machine, err error) {
 		return nil, err
 	}
 	if err := exitOnEmulationFailure(m.vm); err != nil {
+		return nil, err
+	}
+	if err := m.addBoard(sys); err != nil {
 		return nil, err
 	}
 	source, err := m.openSource()
@@ -226,7 +236,15 @@ func New(c Config) (_ *Machine, err error) {
 			return nil, err
 		}
 		m.vcpus = append(m.vcpus, &vcpu{m: m, id: id, cpu: cpu})
-		if err := cpu.SetCPUID2(cpuid); err != nil {
+		answers := cpuid
+		if c.Board != Bare {
+			deadline, err := sys.CheckExtension(kvm.CapTSCDeadlineTimer)
+			if err != nil {
+				return nil, err
+			}
+			answers = boardCPUID(cpuid, id, c.VCPUs, c.Board == PC, deadline != 0)
+		}
+		if err := cpu.SetCPUID2(answers); err != nil {
 			return nil, err
 		}
 	}
@@ -250,16 +268,21 @@ const minSlots = 4
 // check reports what is wrong with c on every machine, or on this one.
 func (c *Config) check() error {
 	invalid := func(format string, args ...any) error {
-		return fmt.Errorf("%w: %s", ErrConfig, fmt.Sprintf(format, args...))
+		return fmt.Errorf("%w: %w", ErrConfig, fmt.Errorf(format, args...))
+	}
+	if c.Board != Bare {
+		if err := c.checkBoard(); err != nil {
+			return invalid("%w", err)
+		}
 	}
 	switch {
 	case c.RAM == 0:
 		return invalid("it has no RAM")
 	case c.RAM%addr.PageSize != 0:
 		return invalid("%d bytes of RAM are not a multiple of the page size, %d", c.RAM, addr.PageSize)
-	case c.RAM > guests.MaxRAM:
+	case c.Board == Bare && c.RAM > guests.MaxRAM:
 		return invalid("%d bytes of RAM are more than the %d that a guest's page tables can map", c.RAM, uint64(guests.MaxRAM))
-	case c.VCPUs < 1 || c.VCPUs > guests.MaxVCPUs:
+	case c.Board == Bare && (c.VCPUs < 1 || c.VCPUs > guests.MaxVCPUs):
 		return invalid("%d vCPUs are not in 1 to %d", c.VCPUs, guests.MaxVCPUs)
 	case c.Spare%addr.PageSize != 0:
 		return invalid("%d spare bytes are not a multiple of the page size, %d", c.Spare, addr.PageSize)
@@ -301,7 +324,11 @@ func (c *Config) check() error {
 
 // addMemory makes the regions and promises them to the guest.
 func (m *Machine) addMemory() (err error) {
-	if m.boot, err = m.memory.NewRegion(mm.RegionConfig{Name: "boot", Size: guests.BootSize, Pinned: true}); err != nil {
+	below := mm.RegionConfig{Name: "boot", Size: guests.BootSize, Pinned: true}
+	if m.config.Board != Bare {
+		below.Name, below.Size = "firmware", boot.FirmwareSize
+	}
+	if m.boot, err = m.memory.NewRegion(below); err != nil {
 		return err
 	}
 	if m.ram, err = m.memory.NewRegion(mm.RegionConfig{Name: "ram", Size: m.config.RAM, Backing: m.config.Backing, File: m.config.File}); err != nil {
@@ -322,10 +349,12 @@ func (m *Machine) addMemory() (err error) {
 	as := m.memory.AddressSpace()
 	as.RLock()
 	defer as.RUnlock()
-	if err := m.tracker.AddWindow(shadow.Window{Name: "boot", NPages: m.boot.Range.NPages(), HVA: m.boot.Range.Start}); err != nil {
-		return err
+	for _, w := range m.windows() {
+		if err := m.tracker.AddWindow(w); err != nil {
+			return err
+		}
 	}
-	return m.tracker.AddWindow(shadow.Window{Name: "ram", GFN: guests.RAMBase.GFN(), NPages: m.ram.Range.NPages(), HVA: m.ram.Range.Start})
+	return nil
 }
 
 // Close ends the run in progress and frees everything. A second Close does
@@ -375,8 +404,8 @@ func (m *Machine) free() error {
 // Memory returns the host memory of the machine, whose mappings may be changed.
 func (m *Machine) Memory() *mm.Memory { return m.memory }
 
-// RAM returns the region that the guest's RAM is mapped in at first: guest
-// address guests.RAMBase is its first byte.
+// RAM returns the region that the guest's RAM is mapped in at first: see RAMAddr for where
+// its bytes are in guest memory.
 func (m *Machine) RAM() *mm.Region { return m.ram }
 
 // Spare returns the region that Config.Spare asked for, or nil.

@@ -14,7 +14,6 @@ import (
 
 	"github.com/secondmmu/gvm/addr"
 	"github.com/secondmmu/gvm/epoch"
-	"github.com/secondmmu/gvm/guests"
 	"github.com/secondmmu/gvm/hostops"
 	"github.com/secondmmu/gvm/vm"
 )
@@ -83,20 +82,20 @@ func readHostOps(name string) (script *hostops.Script, random bool, err error) {
 	return script, false, err
 }
 
-// boot makes a machine that the operations can be carried out on, and puts the guest in it.
-func (o *hostOps) boot(c vm.Config, g guests.Guest, args guests.Args) (_ *vm.Machine, err error) {
+// boot makes a machine that the operations can be carried out on, and has load put the guest
+// in it.
+func (o *hostOps) boot(c vm.Config, load func(*vm.Machine) error) (m *vm.Machine, err error) {
 	if o.name != "" {
 		c.Spare = epoch.Spare
 		// The runner is there before the guest runs.
 		c.OnMark = func(_ int, mark uint32) error { o.runner.Mark(mark); return nil }
 		c.OnTouch = func(_ int, gpa addr.GPA) {
-			if gpa >= guests.RAMBase {
-				o.runner.Fault(uint64(gpa-guests.RAMBase) >> addr.PageShift)
+			if offset, ok := m.RAMOffset(gpa); ok {
+				o.runner.Fault(offset >> addr.PageShift)
 			}
 		}
 	}
-	m, err := vm.New(c)
-	if err != nil {
+	if m, err = vm.New(c); err != nil {
 		return nil, lack(err)
 	}
 	defer func() {
@@ -105,11 +104,15 @@ func (o *hostOps) boot(c vm.Config, g guests.Guest, args guests.Args) (_ *vm.Mac
 		}
 	}()
 	if o.name != "" {
-		if o.runner, err = epoch.NewRunner(m, o.script, o.seed, o.pace); err != nil {
+		newRunner := epoch.NewRunner
+		if c.Board != vm.Bare {
+			newRunner = imageRunner
+		}
+		if o.runner, err = newRunner(m, o.script, o.seed, o.pace); err != nil {
 			return nil, err
 		}
 	}
-	if err := m.Boot(g, args); err != nil {
+	if err := load(m); err != nil {
 		return nil, lack(err)
 	}
 	return m, nil

@@ -11,20 +11,27 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/boot"
 	"github.com/secondmmu/gvm/guests"
 	"github.com/secondmmu/gvm/hostops"
 	"github.com/secondmmu/gvm/mm"
 	"github.com/secondmmu/gvm/shadow"
+	"github.com/secondmmu/gvm/trace"
 	"github.com/secondmmu/gvm/vm"
 )
 
 // runConfig is what a command line of "gvm run" asks for.
 type runConfig struct {
+	name    string // of the guest, or of the image
 	guest   guests.Guest
 	args    guests.Args
+	image   imageConfig
 	machine vm.Config
 	ops     hostOps
 	ramFile string        // "": none
+	serial  string        // file for what the serial port sends; "": it goes to the console
+	trace   string        // file for a recording; "": none
 	timeout time.Duration // 0: none
 	stdin   bool
 	json    bool
@@ -34,10 +41,16 @@ func runCommand() *cli.Command {
 	cfg := &runConfig{machine: vm.Config{RAM: 16 << 20}}
 	return command(&cli.Command{
 		Name:      "run",
-		Usage:     "boot a guest, with its console on standard output",
-		ArgsUsage: "GUEST [NAME=VALUE ...]",
+		Usage:     "boot a guest or an image, with its console on standard output",
+		ArgsUsage: "GUEST [NAME=VALUE ...] | FILE",
 		Description: `GUEST is one of those that "gvm guests" lists, and NAME=VALUE one of its
 parameters. An endless guest runs until it is interrupted, or --timeout ends it.
+
+FILE is an image of somebody else's: a Linux kernel (bzImage), a multiboot or PVH
+image, ELF, or flat binary code, whichever it is. It runs on a PC that has a serial
+port at 0x3f8, debug consoles at 0xe9 and 0xf1, an interrupt controller, a timer, and
+isa-debug-exit at 0xf4. With --stdin it is typed to; on a terminal, Ctrl-A x leaves.
+A flat image on one vCPU has no interrupt controller, and ends when it halts.
 
 --host-ops has the host change the mappings of RAM meanwhile: at random, or by a script,
 one operation a line, such as "every 1ms discard random 2"; "gvm help host-ops" has the
@@ -49,17 +62,18 @@ operations say; one that they truncate is as long as RAM again in the end.
 punches a hole into its file. Each is a warning on standard error.
 
 The exit status is the guest's own, 0 to 255, if it exits by itself: the first
-that is not 0 among those of its vCPUs. Otherwise it is 1 if the guest or an operation
+that is not 0 among those of its vCPUs; of an image, what it asks isa-debug-exit
+for, (value << 1) | 1, or 0 when it turns the machine off or resets it. Otherwise it is 1 if the guest or an operation
 failed, it was interrupted or timed out, or its console could not be written, 2 if the
 command line makes no sense, and 3 if the machine lacks something. Then there is
 a message on standard error.
 
-The report of --json has guest, status (null if the guest did not exit by
-itself), error (empty if there was none), for each of the vcpus its progress,
-and seconds; with --host-ops also host_ops and seed, and with --watch the number of
+The report of --json has guest (or the image's file, and its format), status (null if the guest did not exit by
+itself), error (empty if there was none), for each of the vcpus its progress
+(none for images), and seconds; with --host-ops also host_ops and seed, and with --watch the number of
 strays.`,
 		Flags: append([]cli.Flag{
-			&cli.GenericFlag{Name: "mem", Value: (*size)(&cfg.machine.RAM), Usage: "give the guest `SIZE` of RAM: in MiB, or with a suffix K, M or G"},
+			&cli.GenericFlag{Name: "mem", Value: (*size)(&cfg.machine.RAM), DefaultText: "16M; for an image, 128M", Usage: "give the guest `SIZE` of RAM: in MiB, or with a suffix K, M or G"},
 			&cli.IntFlag{Name: "vcpus", Value: 1, Destination: &cfg.machine.VCPUs, Usage: "give the guest `N` vCPUs"},
 			&cli.GenericFlag{Name: "backing", Value: &choice[mm.Backing]{&cfg.machine.Backing, mm.Backings()},
 				Usage: "map RAM from `KIND` of memory: anonymous, memfd, shared-anonymous, memfd-private, file or file-private"},
@@ -73,13 +87,26 @@ strays.`,
 				Usage: "give standard input to the guest's serial port, and an end of transmission (Ctrl-D) after it"},
 			&cli.BoolFlag{Name: "json", Destination: &cfg.json, DisableDefaultText: true,
 				Usage: "print a report as JSON when the run has ended; the console goes to standard error"},
+			&cli.StringFlag{Name: "serial", Destination: &cfg.serial, DefaultText: "standard output", Usage: "write what the serial port sends to `FILE`"},
+			&cli.StringFlag{Name: "trace", Destination: &cfg.trace, DefaultText: "none", Usage: "write a recording to `FILE`, for \"gvm trace show\""},
 			watchFlag(&cfg.machine.Watch),
-		}, cfg.ops.flags("random")...),
+		}, append(cfg.image.flags(), cfg.ops.flags("random")...)...),
 		Action: func(c *cli.Context) error {
 			if cfg.ops.name != "" && !c.IsSet("touch") {
 				cfg.machine.Touch = vm.Wait
 			}
-			if err := cfg.parse(c.Args().Slice()); err != nil {
+			args := c.Args().Slice()
+			image := len(args) > 0 && isImage(args[0])
+			if flag := cfg.image.set(c); flag != "" && !image {
+				return misuse(c, fmt.Errorf("--%s is for images, and there is no file of an image: see \"gvm guests\" for what built-in guests take", flag))
+			}
+			if image && !c.IsSet("mem") {
+				cfg.machine.RAM = imageRAM
+			}
+			if err := cfg.parse(args, image); err != nil {
+				if _, bad := errors.AsType[*boot.Error](err); bad && !errors.Is(err, boot.ErrOptions) {
+					return err // the image is at fault
+				}
 				return misuse(c, err)
 			}
 			status, err := run(c.Context, cfg, c.App.Reader, c.App.Writer, c.App.ErrWriter)
@@ -94,19 +121,40 @@ strays.`,
 	})
 }
 
-// parse reads the guest and its parameters, and checks what the flags have left
-// unchecked.
-func (cfg *runConfig) parse(args []string) (err error) {
+// parse reads the guest and its parameters, or the image, and checks what the flags have
+// left unchecked.
+func (cfg *runConfig) parse(args []string, image bool) (err error) {
 	if len(args) == 0 {
-		return errors.New(`which guest? "gvm guests" lists them`)
+		return errors.New(`which guest? "gvm guests" lists them, and the file of an image will do`)
 	}
-	if cfg.guest, cfg.args, err = parseGuest(args, &cfg.machine); err != nil {
-		return err
+	cfg.name = args[0]
+	switch {
+	case !image:
+		if _, err := guests.Lookup(args[0]); err != nil {
+			return fmt.Errorf("%w; and there is no file %s", err, args[0])
+		}
+		if cfg.guest, cfg.args, err = parseGuest(args, &cfg.machine); err != nil {
+			return err
+		}
+	case len(args) > 1:
+		return fmt.Errorf("%q behind the image: its command line is --append, and flags go before it", args[1])
+	default:
+		if err := cfg.image.load(args[0], &cfg.machine); err != nil {
+			return err
+		}
 	}
 	if cfg.timeout < 0 {
 		return fmt.Errorf("a timeout of %v is negative", cfg.timeout)
 	}
 	return cfg.ops.parse()
+}
+
+// boot puts what is to be run into a machine.
+func (cfg *runConfig) boot(m *vm.Machine) error {
+	if cfg.image.plan != nil {
+		return m.BootPlan(cfg.image.plan)
+	}
+	return m.Boot(cfg.guest, cfg.args)
 }
 
 // parseGuest reads a guest and its parameters, and checks them for a machine.
@@ -133,8 +181,9 @@ func parseGuest(args []string, m *vm.Config) (g guests.Guest, values guests.Args
 // runReport is the document of "gvm run --json".
 type runReport struct {
 	Guest   string       `json:"guest"`
-	Status  *int         `json:"status"` // nil: the guest did not exit by itself
-	Error   string       `json:"error"`  // why not
+	Format  string       `json:"format,omitempty"` // of an image
+	Status  *int         `json:"status"`           // nil: the guest did not exit by itself
+	Error   string       `json:"error"`            // why not
 	VCPUs   []vcpuReport `json:"vcpus"`
 	Seconds float64      `json:"seconds"` // that the vCPUs ran, by the clock on the wall
 
@@ -161,7 +210,18 @@ func run(ctx context.Context, cfg *runConfig, stdin io.Reader, stdout, stderr io
 		}
 		defer cfg.machine.File.Close() // the machine has a descriptor of its own
 	}
-	m, err := cfg.ops.boot(cfg.machine, cfg.guest, cfg.args)
+	if cfg.serial != "" {
+		f, failed := os.Create(cfg.serial)
+		if failed != nil {
+			return 0, failed
+		}
+		defer func() { err = errors.Join(err, f.Close()) }()
+		cfg.machine.Serial = f
+	}
+	if cfg.trace != "" {
+		cfg.machine.Log = trace.NewLog(traceEvents)
+	}
+	m, err := cfg.ops.boot(cfg.machine, cfg.boot)
 	if err != nil {
 		return 0, err
 	}
@@ -176,17 +236,25 @@ func run(ctx context.Context, cfg *runConfig, stdin io.Reader, stdout, stderr io
 		defer stop()
 	}
 	if cfg.stdin {
+		input := stdin
+		if cfg.image.plan != nil {
+			var restore func()
+			if input, restore, err = openTerminal(stdin); err != nil {
+				return 0, err
+			}
+			defer restore()
+		}
 		// A read of standard input cannot be called off: this may outlive the
 		// run, by no more than what is left of the process.
 		go func() {
-			if err := feed(m.SerialInput(), stdin); err != nil {
+			if err := feed(m.SerialInput(), input); err != nil {
 				cancel(err)
 			}
 		}()
 	}
 
 	begin := time.Now()
-	status, err = cfg.ops.run(ctx, m, cancel, nil)
+	status, err = cfg.record(ctx, m, cancel)
 	seconds := time.Since(begin).Seconds()
 	if !cfg.json {
 		if (err != nil || status != 0) && cfg.ops.chance() {
@@ -194,7 +262,7 @@ func run(ctx context.Context, cfg *runConfig, stdin io.Reader, stdout, stderr io
 		}
 		return status, err
 	}
-	r := runReport{Guest: cfg.guest.Name, Seconds: seconds, Seed: cfg.ops.seed}
+	r := runReport{Guest: cfg.name, VCPUs: []vcpuReport{}, Seconds: seconds, Seed: cfg.ops.seed}
 	if cfg.ops.runner != nil {
 		r.HostOps = new(cfg.ops.runner.Stats())
 	}
@@ -206,12 +274,47 @@ func run(ctx context.Context, cfg *runConfig, stdin io.Reader, stdout, stderr io
 	} else {
 		r.Error = err.Error()
 	}
+	if cfg.image.plan != nil {
+		r.Format = cfg.image.plan.Format.String()
+		return status, errors.Join(err, writeJSON(stdout, r))
+	}
 	for i := range cfg.machine.VCPUs {
 		progress, failed := m.Result(i, 0)
 		err = errors.Join(err, failed)
 		r.VCPUs = append(r.VCPUs, vcpuReport{progress})
 	}
 	return status, errors.Join(err, writeJSON(stdout, r))
+}
+
+// traceEvents is how many events wait to be written, of each vCPU and of the host.
+const traceEvents = 1 << 15
+
+// record runs the machine, and writes the recording that is asked for, if one is.
+func (cfg *runConfig) record(ctx context.Context, m *vm.Machine, fail context.CancelCauseFunc) (status int, err error) {
+	if cfg.trace == "" {
+		return cfg.ops.run(ctx, m, fail, nil)
+	}
+	log := cfg.machine.Log
+	header := trace.Header{
+		Start: log.Start(), Guest: cfg.name, VCPUs: cfg.machine.VCPUs, HostOps: cfg.ops.name, Seed: cfg.ops.seed,
+		RAM: addr.GFNRange{Start: m.RAMBase().GFN(), End: m.RAMEnd().GFN()},
+	}
+	var ended error // how the run failed, of which there is a recording all the same
+	err = writeTo(cfg.trace, nil, func(w io.Writer) (failed error) {
+		out, seq := trace.NewWriter(w, trace.JSONLines, header), uint64(0)
+		status, ended = cfg.ops.run(ctx, m, fail, func() {
+			if failed == nil {
+				if seq, failed = log.WriteSince(seq, out); failed != nil {
+					fail(failed)
+				}
+			}
+		})
+		if failed == nil {
+			failed = out.Close()
+		}
+		return failed
+	})
+	return status, errors.Join(ended, err)
 }
 
 // ramFileFlag returns how the file of RAM is opened: what the guest writes goes there unless

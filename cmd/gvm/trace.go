@@ -144,7 +144,7 @@ func (cfg *traceRunConfig) run(ctx context.Context, stdout, stderr io.Writer) (s
 	defer strays.end()
 	c := cfg.machine
 	c.Log, c.Console, c.OnStray = log, strays.w, strays.add
-	m, err := cfg.ops.boot(c, cfg.guest, cfg.args)
+	m, err := cfg.ops.boot(c, func(m *vm.Machine) error { return m.Boot(cfg.guest, cfg.args) })
 	if err != nil {
 		return 0, err
 	}

@@ -32,6 +32,8 @@ const (
 	Tracepoints Feature = "tracepoints" // KVM's tracepoints can be opened through perf
 	Assembler   Feature = "as"          // the GNU assembler and linker, for x86-64
 	CC          Feature = "cc"          // a C compiler, with the kernel's headers
+	QEMU        Feature = "qemu"        // qemu-system-x86_64
+	Kernel      Feature = "kernel"      // Debian's linux-image-cloud-amd64 is in /boot
 	Root        Feature = "root"        // the test may change root directory and user
 	Swap        Feature = "swap"        // there is swap space that is not full
 	HugePages   Feature = "hugepages"   // transparent huge pages may be asked for
@@ -87,6 +89,8 @@ func probe(f Feature) error {
 			return err
 		}
 		return lookTools("cc")
+	case QEMU:
+		return lookTools("qemu-system-x86_64")
 	case Chromium:
 		_, err := Browser()
 		return err
@@ -95,7 +99,7 @@ func probe(f Feature) error {
 			return errors.New("not running as root")
 		}
 		return nil
-	case KVMCaps, Swap, HugePages, Advice:
+	case KVMCaps, Kernel, Swap, HugePages, Advice:
 		return nil // tests find out by themselves, by use
 	}
 	return fmt.Errorf("unknown feature %q", f)
