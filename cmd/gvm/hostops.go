@@ -84,7 +84,8 @@ func readHostOps(name string) (script *hostops.Script, random bool, err error) {
 
 // boot makes a machine that the operations can be carried out on, and has load put the guest
 // in it.
-func (o *hostOps) boot(c vm.Config, load func(*vm.Machine) error) (m *vm.Machine, err error) {
+func (o *hostOps) boot(c vm.Config, load func(*vm.Machine) error) (_ *vm.Machine, err error) {
+	var m *vm.Machine // none of its vCPUs runs before it is there
 	if o.name != "" {
 		c.Spare = epoch.Spare
 		// The runner is there before the guest runs.
