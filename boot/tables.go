@@ -19,6 +19,10 @@ const (
 	IOAPIC    = addr.GPA(0xfec00000)
 	LocalAPIC = addr.GPA(0xfee00000)
 
+	// TimerPin is the input of the IOAPIC that the timer is at. All other interrupts of the ISA
+	// bus are at the input of their number.
+	TimerPin = 2
+
 	PortPM1Event   = 0x600 // status and enable, 2 bytes each
 	PortPM1Control = 0x604 // 2 bytes
 	PortPMTimer    = 0x608 // 4 bytes, of which 24 bits count
@@ -42,6 +46,14 @@ func machineTables(vcpus int) []Segment {
 		{Name: "ACPI root pointer", GPA: rsdpAt, Size: uint64(len(rsdp)), Data: rsdp},
 		{Name: "ACPI tables", GPA: acpiAt, Size: uint64(len(acpi)), Data: acpi},
 	}
+}
+
+// pin returns the input of the IOAPIC that an interrupt of the ISA bus goes to.
+func pin(irq byte) byte {
+	if irq == 0 {
+		return TimerPin
+	}
+	return irq
 }
 
 // checksum sets p[at] so that the bytes of p add up to 0.
@@ -80,7 +92,9 @@ func mpTables(vcpus int) []byte {
 	ioapic := byte(vcpus)
 	add(append([]byte{2, ioapic, ioapicVersion, 1}, words(uint32(IOAPIC))...)...)
 	for irq := range byte(16) {
-		add(3, 0, 0, 0, 0, irq, ioapic, irq)
+		if irq != TimerPin { // where the PICs are chained
+			add(3, 0, 0, 0, 0, irq, ioapic, pin(irq))
+		}
 	}
 	add(4, 3, 0, 0, 0, 0, 0, 0)    // LINT0: from the PICs
 	add(4, 1, 0, 0, 0, 0, 0xff, 1) // LINT1: NMI
@@ -211,6 +225,7 @@ func apicDescription(vcpus int) []byte {
 	}
 	p = append(p, 1, 12, byte(vcpus), 0)
 	p = append(p, words(uint32(IOAPIC), 0)...)
+	p = append(append(p, 2, 10, 0, 0), append(words(TimerPin), 0, 0)...)
 	const activeHighLevel = 0xd
 	p = append(append(p, 2, 10, 0, sci), append(words(sci), activeHighLevel, 0)...)
 	return append(p, 4, 6, 0xff, 0, 0, 1) // LINT1 of all is NMI

@@ -31,6 +31,7 @@ func wrappers(sys *System, vm *VM, c *VCPU, st *Stats) map[string]func() error {
 		"VM.SetIdentityMapAddr": func() error { return vm.SetIdentityMapAddr(0) },
 		"VM.CreateIRQChip":      func() error { return vm.CreateIRQChip() },
 		"VM.CreatePIT2":         func() error { return vm.CreatePIT2(0) },
+		"VM.SetIRQRoutes":       func() error { return vm.SetIRQRoutes(nil) },
 		"VM.SetIRQLine":         func() error { return vm.SetIRQLine(0, true) },
 		"VM.CreateVCPU":         func() error { _, err := vm.CreateVCPU(0); return err },
 		"VM.GetDirtyLog":        func() error { return vm.GetDirtyLog(0, make([]uint64, 1)) },

@@ -71,6 +71,7 @@ var (
 	reqSetUserMemoryRegion2 = iow[userspaceMemoryRegion2](0x49, "KVM_SET_USER_MEMORY_REGION2")
 	reqCreateIRQChip        = newCommand(0x60, "KVM_CREATE_IRQCHIP")
 	reqIRQLine              = iow[irqLevel](0x61, "KVM_IRQ_LINE")
+	reqSetGSIRouting        = iow[routingHeader](0x6a, "KVM_SET_GSI_ROUTING")
 	reqCreatePIT2           = iow[pitConfig](0x77, "KVM_CREATE_PIT2")
 	reqClearDirtyLog        = iowr[clearDirtyLog](0xc0, "KVM_CLEAR_DIRTY_LOG")
 	reqResetDirtyRings      = newCommand(0xc7, "KVM_RESET_DIRTY_RINGS")

@@ -114,6 +114,10 @@ var kernelStructs = []kernelStruct{
 		{"flags", "flags", 0}, {"slot", "slot", 4}, {"offset", "offset", 8},
 	}},
 	{goType: irqLevel{}, cType: "struct kvm_irq_level", size: 8, fields: []kernelField{{"irq", "irq", 0}, {"level", "level", 4}}},
+	{goType: routingHeader{}, cType: "struct kvm_irq_routing", size: 8, fields: []kernelField{{"nr", "nr", 0}}},
+	{goType: routingEntry{}, cType: "struct kvm_irq_routing_entry", size: 48, fields: []kernelField{
+		{"gsi", "gsi", 0}, {"typ", "type", 4}, {"irqchip", "u.irqchip.irqchip", 16}, {"pin", "u.irqchip.pin", 20},
+	}},
 	{goType: pitConfig{}, cType: "struct kvm_pit_config", size: 64, fields: []kernelField{{"flags", "flags", 0}}},
 	{goType: statsHeader{}, cType: "struct kvm_stats_header", size: 24, fields: []kernelField{
 		{"Flags", "flags", 0}, {"NameSize", "name_size", 4}, {"NumDesc", "num_desc", 8},
@@ -177,6 +181,7 @@ var kernelRequests = map[string]struct{ got, want uintptr }{
 	reqSetUserMemoryRegion2.name:   {reqSetUserMemoryRegion2.nr, 0x40a0ae49},
 	reqCreateIRQChip.name:          {reqCreateIRQChip.nr, 0xae60},
 	reqIRQLine.name:                {reqIRQLine.nr, 0x4008ae61},
+	reqSetGSIRouting.name:          {reqSetGSIRouting.nr, 0x4008ae6a},
 	reqCreatePIT2.name:             {reqCreatePIT2.nr, 0x4040ae77},
 	reqClearDirtyLog.name:          {reqClearDirtyLog.nr, 0xc018aec0},
 	reqResetDirtyRings.name:        {reqResetDirtyRings.nr, 0xaec7},
@@ -222,6 +227,11 @@ var kernelConsts = map[string]uint64{
 	"KVM_DIRTY_LOG_PAGE_OFFSET":           dirtyLogPageOffset,
 	"KVM_DIRTY_GFN_F_DIRTY":               gfnDirty,
 	"KVM_DIRTY_GFN_F_RESET":               gfnReset,
+
+	"KVM_IRQCHIP_PIC_MASTER":  uint64(PICMaster),
+	"KVM_IRQCHIP_PIC_SLAVE":   uint64(PICSlave),
+	"KVM_IRQCHIP_IOAPIC":      uint64(IOAPIC),
+	"KVM_IRQ_ROUTING_IRQCHIP": routeToChip,
 
 	"KVM_MP_STATE_RUNNABLE":      uint64(MPStateRunnable),
 	"KVM_MP_STATE_UNINITIALIZED": uint64(MPStateUninitialized),

@@ -258,4 +258,16 @@ type (
 		flags uint32
 		_     [15]uint32
 	}
+
+	routingHeader struct{ nr, _ uint32 }
+
+	// routingEntry is struct kvm_irq_routing_entry for a pin of a controller.
+	routingEntry struct {
+		gsi     uint32
+		typ     uint32
+		_       [2]uint32
+		irqchip uint32
+		pin     uint32
+		_       [6]uint32
+	}
 )

@@ -257,6 +257,41 @@ func (vm *VM) CreatePIT2(flags uint32) error {
 	return nil
 }
 
+// IRQChip is an in-kernel interrupt controller.
+type IRQChip uint32
+
+const (
+	PICMaster IRQChip = iota
+	PICSlave
+	IOAPIC
+)
+
+// IRQRoute says that an interrupt line is also an input of a controller.
+type IRQRoute struct {
+	IRQ  uint32 // the line, as SetIRQLine has it
+	Chip IRQChip
+	Pin  uint32
+}
+
+// routeToChip is KVM_IRQ_ROUTING_IRQCHIP.
+const routeToChip = 1
+
+// SetIRQRoutes replaces the routes of interrupt lines. Those that CreateIRQChip makes lead
+// lines 0 to 15 to the inputs of the PICs, and 0 to 23 to those of the IOAPIC.
+//
+// SetIRQRoutes wraps KVM_SET_GSI_ROUTING; it comes after CreateIRQChip and needs CapIRQRouting.
+func (vm *VM) SetIRQRoutes(routes []IRQRoute) error {
+	h, entries := flex[routingHeader, routingEntry](len(routes))
+	h.nr = uint32(len(routes))
+	for i, r := range routes {
+		entries[i] = routingEntry{gsi: r.IRQ, typ: routeToChip, irqchip: uint32(r.Chip), pin: r.Pin}
+	}
+	if _, err := ioctl(&vm.fd, reqSetGSIRouting, h); err != nil {
+		return about(err, fmt.Sprintf("%d routes", len(routes)))
+	}
+	return nil
+}
+
 // SetIRQLine sets the level of an input of the in-kernel interrupt controllers.
 // An edge is a call with true and one with false.
 //

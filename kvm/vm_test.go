@@ -167,6 +167,13 @@ func TestInterruptControllers(t *testing.T) {
 	if err := vm.CreatePIT2(1); err != nil {
 		t.Error(err)
 	}
+	if err := vm.SetIRQRoutes([]IRQRoute{{4, PICMaster, 4}, {4, IOAPIC, 4}, {12, PICSlave, 4}}); err != nil {
+		t.Error(err)
+	}
+	var refused *Error
+	if err := vm.SetIRQRoutes([]IRQRoute{{4, 9, 0}}); !errors.As(err, &refused) || refused.Errno != unix.EINVAL || refused.Detail != "1 routes" {
+		t.Errorf("a route to a controller that there is not: %v, want EINVAL", err)
+	}
 	c := newTestVCPU(t, vm)
 	for _, level := range []bool{true, false} {
 		if err := vm.SetIRQLine(4, level); err != nil {

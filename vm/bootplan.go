@@ -80,14 +80,40 @@ func (m *Machine) addBoard(sys *kvm.System) error {
 	if m.config.Board == Polled {
 		return nil
 	}
-	if err := sys.Require(kvm.CapIrqchip, kvm.CapPIT2, kvm.CapMPState); err != nil {
+	if err := sys.Require(kvm.CapIrqchip, kvm.CapIRQRouting, kvm.CapPIT2, kvm.CapMPState); err != nil {
 		return fmt.Errorf("the board %v: %w", m.config.Board, err)
 	}
 	if err := m.vm.CreateIRQChip(); err != nil {
 		return err
 	}
+	if err := m.vm.SetIRQRoutes(boardRoutes()); err != nil {
+		return err
+	}
 	const speaker = 1 << 0 // its port is the timer's too
 	return m.vm.CreatePIT2(speaker)
+}
+
+// boardRoutes returns where the interrupt lines of a PC lead: to the PICs and to the IOAPIC,
+// as the tables of package boot say.
+func boardRoutes() []kvm.IRQRoute {
+	const pins, isa = 24, 16
+	var routes []kvm.IRQRoute
+	for irq := range uint32(pins) {
+		switch {
+		case irq < isa/2:
+			routes = append(routes, kvm.IRQRoute{IRQ: irq, Chip: kvm.PICMaster, Pin: irq})
+		case irq < isa:
+			routes = append(routes, kvm.IRQRoute{IRQ: irq, Chip: kvm.PICSlave, Pin: irq - isa/2})
+		}
+		switch irq {
+		case 0:
+			routes = append(routes, kvm.IRQRoute{IRQ: irq, Chip: kvm.IOAPIC, Pin: boot.TimerPin})
+		case boot.TimerPin: // the other PIC is there
+		default:
+			routes = append(routes, kvm.IRQRoute{IRQ: irq, Chip: kvm.IOAPIC, Pin: irq})
+		}
+	}
+	return routes
 }
 
 // windows returns what the guest is promised of the machine's memory.

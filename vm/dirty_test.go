@@ -98,7 +98,7 @@ func TestDirtyIsComplete(t *testing.T) {
 					t.Fatal(err)
 				}
 				epochs, reported := 0, uint64(0)
-				for begin := time.Now(); epochs < 200 && (epochs < 20 || time.Since(begin) < 2*time.Second); epochs++ {
+				for begin := time.Now(); epochs < 200 && (epochs < 20 || time.Since(begin) < gvmtest.StormLasts(2*time.Second)); epochs++ {
 					if err := dirtyStep(m, rng, pages); err != nil {
 						t.Fatal(err)
 					}

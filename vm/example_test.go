@@ -6,6 +6,7 @@ import (
 	"os"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/boot"
 	"github.com/secondmmu/gvm/guests"
 	"github.com/secondmmu/gvm/vm"
 )
@@ -40,4 +41,30 @@ func Example() {
 	if _, err := m.Wait(); err != nil {
 		log.Fatal(err)
 	}
+}
+
+// A kernel of somebody else's runs with its console on standard output.
+func ExampleMachine_BootPlan() {
+	kernel, err := os.ReadFile("vmlinuz")
+	if err != nil {
+		log.Fatal(err)
+	}
+	const ram, vcpus = 256 << 20, 2
+	plan, err := boot.Load(kernel, boot.Options{Layout: boot.Layout{RAM: ram}, VCPUs: vcpus, CmdLine: "console=ttyS0"})
+	if err != nil {
+		log.Fatal(err) // it names the field of the file
+	}
+	m, err := vm.New(vm.Config{Board: vm.PC, RAM: ram, VCPUs: vcpus, Console: os.Stdout})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer m.Close()
+	if err := m.BootPlan(plan); err != nil {
+		log.Fatal(err)
+	}
+	status, err := m.Run(context.Background())
+	if err != nil {
+		log.Fatal(err)
+	}
+	log.Printf("the kernel has turned the machine off, with status %d", status)
 }

@@ -96,7 +96,7 @@ func TestRunImageHostOps(t *testing.T) {
 		0xb0, 0x15, 0xe6, 0xf4, // mov $21, %al; out %al, $0xf4
 	)
 	script := filepath.Join(t.TempDir(), "ops")
-	if err := os.WriteFile(script, []byte("every 1ms discard 517\nevery 2ms unmap 520\non fault map it\n"), 0o600); err != nil {
+	if err := os.WriteFile(script, []byte("every 1ms discard 517\nat 2ms unmap 520\non fault map it\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for _, ops := range []string{script, "random"} {
