@@ -303,6 +303,9 @@ func boardCPUID(supported []kvm.CPUIDEntry, id, n int, apic, deadline bool) []kv
 		case leafTopology2:
 			continue
 		case leafSizes:
+			if e.EAX>>8&0xff > 48 {
+				e.EAX = e.EAX&^0xff00 | 48<<8 // what four levels map
+			}
 			e.ECX = e.ECX&^0xf0ff | uint32(n-1) | shift<<12
 		case leafTopology3:
 			e.EAX, e.EBX, e.ECX = uint32(id), uint32(id), 0

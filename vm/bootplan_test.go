@@ -225,14 +225,14 @@ func TestBoardCPUID(t *testing.T) {
 	supported := []kvm.CPUIDEntry{
 		{Function: 0, EAX: 0x20}, {Function: 1, EBX: 0x00800, ECX: ecxX2APIC, EDX: edxAPIC},
 		{Function: 4, Index: 0, EAX: 0x121}, {Function: 4, Index: 3}, {Function: 7, ECX: ecxLA57 | 1}, {Function: 7, Index: 1, ECX: ecxLA57}, {Function: 0xb}, {Function: 0x1f},
-		{Function: 0x80000008, EAX: 0x3030}, {Function: 0x8000001e},
+		{Function: 0x80000008, EAX: 0x3928}, {Function: 0x8000001e},
 	}
 	before := slices.Clone(supported)
 	got := boardCPUID(supported, 2, 3, true, true)
 	want := []kvm.CPUIDEntry{
 		{Function: 0, EAX: 0x20}, {Function: 1, EBX: 0x2030800, ECX: ecxX2APIC | ecxTSCDeadline | ecxHypervisor, EDX: edxAPIC | edxHTT},
 		{Function: 4, Index: 0, EAX: 2<<26 | 0x121}, {Function: 4, Index: 3}, {Function: 7, ECX: 1}, {Function: 7, Index: 1, ECX: ecxLA57},
-		{Function: 0x80000008, EAX: 0x3030, ECX: 2<<12 | 2}, {Function: 0x8000001e, EAX: 2, EBX: 2},
+		{Function: 0x80000008, EAX: 0x3028, ECX: 2<<12 | 2}, {Function: 0x8000001e, EAX: 2, EBX: 2},
 		{Function: 0xb, Index: 0, Flags: 1, EBX: 1, ECX: 0x100, EDX: 2},
 		{Function: 0xb, Index: 1, Flags: 1, EAX: 2, EBX: 3, ECX: 0x201, EDX: 2},
 		{Function: 0xb, Index: 2, Flags: 1, ECX: 2, EDX: 2},
@@ -312,7 +312,7 @@ func TestImageIsTracked(t *testing.T) {
 
 // TestLinux starts the kernel of the distribution, if there is one, has it print its banner and
 // the memory map that it was given, and run an init of a few instructions, which says so and
-// turns the machine off.
+// turns the machine off. Meanwhile pages of its RAM are moved away and back, wherever they are.
 func TestLinux(t *testing.T) {
 	gvmtest.Need(t, gvmtest.KVM)
 	kernels, err := filepath.Glob("/boot/vmlinuz-*-cloud-amd64")
@@ -325,24 +325,46 @@ func TestLinux(t *testing.T) {
 	}
 	const greeting = "init is here"
 	var out bytes.Buffer
-	m := newPC(t, Config{RAM: 256 << 20, VCPUs: 2, Console: &out}, image, boot.Options{
+	const moved = 16 * addr.PageSize
+	m := newPC(t, Config{RAM: 256 << 20, Spare: moved, VCPUs: 2, Console: &out}, image, boot.Options{
 		// The order is of importance: what there is to say before "quiet" is said.
 		CmdLine: "earlyprintk=ttyS0 quiet console=ttyS0 panic=-1 mitigations=off",
 		Modules: []boot.Module{{Name: "initrd", Data: initrd(greeting)}},
 	})
-	limit := 100 * time.Second
-	if shadows() {
+	lack, limit := kernelLack(t), 100*time.Second
+	if lack != nil {
 		limit = 5 * time.Second
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
 	begin := time.Now()
-	status, err := m.Run(ctx)
-	text := out.String()
-	if shadows() && err != nil {
-		gvmtest.Lack(t, gvmtest.KVMCaps, fmt.Errorf("nested paging: this host's KVM shadows page tables, and the kernel got only as far as %q, then: %w", text, err))
+	if err := m.Start(ctx); err != nil {
+		t.Fatal(err)
 	}
-	t.Logf("in %v the kernel has printed\n%s", time.Since(begin), text)
+	rng, moves := gvmtest.Rand(t), 0
+	for running := true; running; {
+		select {
+		case <-m.Done():
+			running = false
+			continue
+		case <-time.After(500 * time.Millisecond): // KVM forgets all of its mappings each time
+		}
+		offset := 1<<20 + addr.HVA(rng.Uint64N(m.RAM().Range.NPages()-256-16))*addr.PageSize
+		pages := addr.HVAs(m.RAM().Range.Start+offset, moved)
+		if err := m.Memory().Remap(pages, m.Spare().Range.Start); err != nil {
+			t.Fatal(err)
+		}
+		if err := m.Memory().Remap(m.Spare().Range, pages.Start); err != nil {
+			t.Fatal(err)
+		}
+		moves++
+	}
+	status, err := m.Wait()
+	text := out.String()
+	if lack != nil && err != nil {
+		gvmtest.Lack(t, gvmtest.KVMCaps, fmt.Errorf("%w; the kernel got as far as %q, then: %w", lack, text, err))
+	}
+	t.Logf("in %v, with %d moves, the kernel has printed\n%s", time.Since(begin), moves, text)
 	if status != 0 || err != nil {
 		t.Errorf("status %d, %v", status, err)
 	}
@@ -356,21 +378,70 @@ func TestLinux(t *testing.T) {
 	}
 }
 
-// shadows reports whether KVM shadows the guest's page tables, where it says so.
-func shadows() bool {
-	for _, name := range []string{"kvm_amd/parameters/npt", "kvm_intel/parameters/ept"} {
-		if value, err := os.ReadFile("/sys/module/" + name); err == nil {
-			return strings.TrimSpace(string(value)) == "N"
+// elfCode is where the code of elf64 is in memory.
+const elfCode = 0x400078
+
+// elf64 returns an ELF file of one segment, which begins with its code.
+func elf64(code []byte) []byte {
+	le := binary.LittleEndian
+	file := append(make([]byte, 0x78), code...)
+	copy(file, "\x7fELF\x02\x01\x01")
+	le.PutUint16(file[0x10:], 2)
+	le.PutUint16(file[0x12:], 62)
+	le.PutUint32(file[0x14:], 1)
+	le.PutUint64(file[0x18:], elfCode)
+	le.PutUint64(file[0x20:], 0x40)
+	for i, v := range []uint16{0x40, 0x38, 1} {
+		le.PutUint16(file[0x34+2*i:], v)
+	}
+	le.PutUint32(file[0x40:], 1)
+	le.PutUint32(file[0x44:], 5)
+	for i, v := range []uint64{elfCode &^ addr.PageMask, elfCode &^ addr.PageMask, uint64(len(file)), uint64(len(file)), addr.PageSize} {
+		le.PutUint64(file[0x50+8*i:], v)
+	}
+	return file
+}
+
+// TestELF64 has an image find what it is told.
+func TestELF64(t *testing.T) {
+	code := []byte{
+		0x8b, 0x07, 0x3d, 0x78, 0xc5, 0x6e, 0x33, // mov (%rdi), %eax; cmp start information's magic, %eax
+		0x0f, 0x94, 0xc0, 0xe6, 0xf4, // sete %al; out %al, $0xf4
+	}
+	for _, mode := range []boot.Mode{boot.Default, boot.User} {
+		if status, err := newPC(t, Config{}, elf64(code), boot.Options{Mode: mode}).Run(t.Context()); status != 3 || err != nil {
+			t.Errorf("in mode %v: status %d, %v", mode, status, err)
 		}
 	}
-	return false
+}
+
+// kernelLack returns why the host cannot run a kernel to its end; nil: it can.
+func kernelLack(t *testing.T) error {
+	// mov %cr3, %rcx; mov %rcx, %rax; shr $12, %rax; out %al, $0xf4
+	m := newPC(t, Config{}, []byte{0x0f, 0x20, 0xd9, 0x48, 0x89, 0xc8, 0x48, 0xc1, 0xe8, 0x0c, 0xe6, 0xf4}, boot.Options{Mode: boot.Long})
+	status, err := m.Run(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := int(boot.PageTables>>12<<1|1) & 0xff; status != want {
+		return errors.New("a guest that reads CR3 is given another one: KVM shadows its page tables, and the processor, which may be emulated, does not tell KVM of the read")
+	}
+	var took [2]time.Duration
+	for i := range took {
+		m := newMachine(t, Config{Ring0: i == 1}, "loop", guests.Args{"iterations": 20000})
+		begin := time.Now()
+		mustRun(t, m)
+		took[i] = time.Since(begin)
+	}
+	if took[1] > 100*took[0] {
+		return fmt.Errorf("ring 0 is emulated: what takes %v in ring 3 takes %v", took[0], took[1])
+	}
+	return nil
 }
 
 // initrd returns an archive, as cpio makes it, that has nothing but an init, which prints a text and
 // turns the machine off.
 func initrd(text string) []byte {
-	le := binary.LittleEndian
-	const base, header = 0x400000, 0x78
 	code := []byte{
 		0xbf, 1, 0, 0, 0, 0xbe, 0, 0, 0, 0, 0xba, byte(len(text) + 1), 0, 0, 0, // mov $1, %edi; mov text, %esi; mov length, %edx
 		0xb8, 1, 0, 0, 0, 0x0f, 0x05, // mov write, %eax; syscall
@@ -378,24 +449,8 @@ func initrd(text string) []byte {
 		0xb8, 169, 0, 0, 0, 0x0f, 0x05, // mov reboot, %eax; syscall
 		0xeb, 0xfe,
 	}
-	le.PutUint32(code[6:], uint32(base+header+len(code)))
-	file := append(append(make([]byte, header), code...), text+"\n"...)
-	copy(file, "\x7fELF\x02\x01\x01")
-	le.PutUint16(file[0x10:], 2)
-	le.PutUint16(file[0x12:], 62)
-	le.PutUint32(file[0x14:], 1)
-	le.PutUint64(file[0x18:], base+header)
-	le.PutUint64(file[0x20:], 0x40)
-	for i, v := range []uint16{0x40, 0x38, 1} {
-		le.PutUint16(file[0x34+2*i:], v)
-	}
-	le.PutUint32(file[0x40:], 1)
-	le.PutUint32(file[0x44:], 5)
-	le.PutUint64(file[0x50:], base)
-	le.PutUint64(file[0x58:], base)
-	le.PutUint64(file[0x60:], uint64(len(file)))
-	le.PutUint64(file[0x68:], uint64(len(file)))
-	le.PutUint64(file[0x70:], addr.PageSize)
+	binary.LittleEndian.PutUint32(code[6:], uint32(elfCode+len(code)))
+	file := elf64(append(code, text+"\n"...))
 
 	var archive []byte
 	pad := func() {

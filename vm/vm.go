@@ -14,6 +14,8 @@
 //	    the tracker's locks  see package shadow
 //	        gate.mu          waits, as a condition, for vCPUs to leave the guest
 //	Machine.mu               a leaf
+//	pc.mu
+//	    uart.mu              a leaf, but for KVM's interrupt line
 //	devices.mu               a leaf, but for the console's Write
 //	rings.mu, idle.mu        leaves, inside the tracker's locks or the mapping lock
 //

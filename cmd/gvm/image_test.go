@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -10,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"testing/iotest"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/secondmmu/gvm/internal/gvmtest"
 	"github.com/secondmmu/gvm/trace"
@@ -142,10 +145,57 @@ func TestTerminal(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestOpenTerminal types at a pseudoterminal, which is as before in the end.
+func TestOpenTerminal(t *testing.T) {
 	r := strings.NewReader("x")
 	if got, restore, err := openTerminal(r); got != io.Reader(r) || err != nil {
 		t.Errorf("what is no terminal: %v, %v", got, err)
 	} else {
 		restore()
+	}
+
+	keyboard, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
+	if err != nil {
+		gvmtest.Lack(t, gvmtest.Terminal, err)
+	}
+	defer keyboard.Close()
+	if err := unix.IoctlSetPointerInt(int(keyboard.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	n, err := unix.IoctlGetUint32(int(keyboard.Fd()), unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tty, err := os.OpenFile(fmt.Sprint("/dev/pts/", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		gvmtest.Lack(t, gvmtest.Terminal, err)
+	}
+	defer tty.Close()
+	modes := func() unix.Termios {
+		m, err := unix.IoctlGetTermios(int(tty.Fd()), unix.TCGETS)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return *m
+	}
+	before := modes()
+	typed, restore, err := openTerminal(tty)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if modes() == before {
+		t.Error("the terminal is as it was")
+	}
+	if _, err := keyboard.WriteString("a\x03\r\x01x"); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(typed); string(got) != "a\x03\r" || !errors.Is(err, errLeft) {
+		t.Errorf("the guest is given %q, %v", got, err)
+	}
+	restore()
+	if modes() != before {
+		t.Error("the terminal is not as before")
 	}
 }

@@ -35,6 +35,7 @@ const (
 	QEMU        Feature = "qemu"        // qemu-system-x86_64
 	Kernel      Feature = "kernel"      // Debian's linux-image-cloud-amd64 is in /boot
 	Root        Feature = "root"        // the test may change root directory and user
+	Terminal    Feature = "terminal"    // a pseudoterminal can be opened
 	Swap        Feature = "swap"        // there is swap space that is not full
 	HugePages   Feature = "hugepages"   // transparent huge pages may be asked for
 	Advice      Feature = "advice"      // the kernel knows all of madvise(2) that is used: Linux 6.13
@@ -99,7 +100,7 @@ func probe(f Feature) error {
 			return errors.New("not running as root")
 		}
 		return nil
-	case KVMCaps, Kernel, Swap, HugePages, Advice:
+	case KVMCaps, Kernel, Terminal, Swap, HugePages, Advice:
 		return nil // tests find out by themselves, by use
 	}
 	return fmt.Errorf("unknown feature %q", f)
