@@ -129,14 +129,18 @@ func TestRunStopped(t *testing.T) {
 	gvmtest.Need(t, gvmtest.KVM)
 	for _, guest := range []string{"spin", "stamp", "probe"} {
 		t.Run(guest, func(t *testing.T) {
-			report, r := runJSON(t, "--vcpus 2 --timeout 300ms "+guest)
-			const message = "the run was stopped: timed out after 300ms"
-			if r.status != statusFailed || r.stderr != "gvm: "+message+"\n" || report.Error != message || report.Status != nil || report.Seconds < 0.3 {
-				t.Errorf("%+v, from %+v", report, r)
+			for _, timeout := range []string{"300ms", "10s"} { // a machine may be slow
+				report, r := runJSON(t, "--vcpus 2 --timeout "+timeout+" "+guest)
+				message := "the run was stopped: timed out after " + timeout
+				if r.status != statusFailed || r.stderr != "gvm: "+message+"\n" || report.Error != message || report.Status != nil || report.Seconds < 0.3 {
+					t.Errorf("%+v, from %+v", report, r)
+				}
+				if guest == "probe" || report.VCPUs[0].Progress > 0 {
+					return
+				}
+				t.Logf("it made no progress in %v s", report.Seconds)
 			}
-			if guest != "probe" && report.VCPUs[0].Progress == 0 {
-				t.Errorf("it made no progress in %v s", report.Seconds)
-			}
+			t.Error("it made no progress")
 		})
 	}
 	t.Run("interrupted", func(t *testing.T) {
