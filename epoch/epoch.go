@@ -306,14 +306,31 @@ func newRunner(m *vm.Machine, script *hostops.Script, pages, seed uint64, pace t
 	return r, err
 }
 
-// Target is the RAM of a machine, as operations of the host see it.
+// Target is the RAM of a machine, as operations of the host see it: page n is at n pages from
+// the start of RAM. What of it the guest is not shown, as the hole of a PC below 1 MiB, is
+// changed too, and stores to it go nowhere.
 func Target(m *vm.Machine) hostops.Target {
-	gpa := func(page, offset uint64) addr.GPA { return guests.RAMBase + addr.GPA(page<<addr.PageShift+offset) }
+	at := func(page, offset uint64) (addr.GPA, bool) { return m.RAMAddr(page<<addr.PageShift + offset) }
 	return hostops.Target{
 		Memory: m.Memory(), RAM: m.RAM(), Spare: m.Spare(),
-		HVA:     func(page uint64) (addr.HVA, bool) { return m.Slots().HVA(gpa(page, 0)) },
-		Store64: func(page, offset, value uint64) error { return m.Store64(gpa(page, offset), value) },
-		Write:   func(page, offset uint64, p []byte) error { return m.WriteGuest(gpa(page, offset), p) },
+		HVA: func(page uint64) (addr.HVA, bool) {
+			if gpa, ok := at(page, 0); ok {
+				return m.Slots().HVA(gpa)
+			}
+			return m.RAM().Range.Start + addr.HVA(page<<addr.PageShift), page < m.RAM().Range.NPages()
+		},
+		Store64: func(page, offset, value uint64) error {
+			if gpa, ok := at(page, offset); ok {
+				return m.Store64(gpa, value)
+			}
+			return nil
+		},
+		Write: func(page, offset uint64, p []byte) error {
+			if gpa, ok := at(page, offset); ok {
+				return m.WriteGuest(gpa, p)
+			}
+			return nil
+		},
 	}
 }
 

@@ -461,3 +461,46 @@ func TestPolicyConfigErrors(t *testing.T) {
 		}
 	}
 }
+
+// TestTouchIsToldAgain gives a page back and takes it away again before the vCPU that waits
+// for it can look: it tells of its touch once more, or nobody would give the page back.
+func TestTouchIsToldAgain(t *testing.T) {
+	told := make(chan addr.GPA, 1000)
+	m := newMachine(t, Config{Touch: Wait, OnTouch: func(_ int, gpa addr.GPA) { told <- gpa }}, "probe", nil)
+	ctx := testContext(t)
+	if err := m.Memory().Unmap(m.hvas(3, 1)); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Start(ctx); err != nil {
+		t.Fatal(err)
+	}
+	var loadErr error
+	loaded := gvmtest.Background(func() { _, loadErr = m.Probe(0).Load(ctx, gpaOf(3)) })
+	await := func() {
+		t.Helper()
+		select {
+		case gpa := <-told:
+			if gpa != gpaOf(3) {
+				t.Errorf("told is %v", gpa)
+			}
+		case <-time.After(gvmtest.Limit):
+			t.Fatal("no touch is told of")
+		}
+	}
+	await()
+	m.Pause() // and so keeps the vCPU's thread from completing the access
+	for len(told) > 0 {
+		<-told
+	}
+	if err := errors.Join(m.Memory().Map(m.hvas(3, 1)), m.Memory().Unmap(m.hvas(3, 1))); err != nil {
+		t.Error(err)
+	}
+	m.Resume()
+	await()
+	if err := m.Memory().Map(m.hvas(3, 1)); err != nil {
+		t.Error(err)
+	}
+	if !gvmtest.ClosedWithin(loaded, gvmtest.Limit) || loadErr != nil {
+		t.Errorf("the guest's load: %v", loadErr)
+	}
+}

@@ -232,9 +232,10 @@ func (v *vcpu) wait(ctx context.Context, u use, try func() error) error {
 			return err // it is not RAM, and will not be
 		}
 		if !waited {
-			v.touched(u, trace.Waits)
+			v.record(trace.Touch, u, trace.Waits)
 			waited = true
 		}
+		v.tell(u) // again: the memory may have been here, and gone
 		select {
 		case <-changed:
 		case <-ended:
@@ -251,6 +252,11 @@ var errStopped = errors.New("the run was stopped")
 // touched tells of a use of RAM that is not there, and what becomes of it.
 func (v *vcpu) touched(u use, what string) {
 	v.record(trace.Touch, u, what)
+	v.tell(u)
+}
+
+// tell tells of a use of RAM that is not there.
+func (v *vcpu) tell(u use) {
 	if v.m.config.OnTouch != nil {
 		v.m.config.OnTouch(v.id, u.gpa)
 	}

@@ -126,8 +126,9 @@ type Config struct {
 	OnMark func(vcpu int, mark uint32) error
 
 	// OnTouch is called on the vCPU's thread when the guest uses an address that is not
-	// there, before the vCPU waits, goes on or stops. It must not wait for the machine, and
-	// must not change mappings. nil: it is not told.
+	// there, before the vCPU waits, goes on or stops; and each time that a vCPU that waits has
+	// looked, and the memory is not there yet, or has gone again. It must not wait for the
+	// machine, and must not change mappings. nil: it is not told.
 	OnTouch func(vcpu int, gpa addr.GPA)
 
 	// Log records operations and what follows from them, exits and touches. nil:

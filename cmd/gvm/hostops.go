@@ -105,11 +105,7 @@ func (o *hostOps) boot(c vm.Config, load func(*vm.Machine) error) (_ *vm.Machine
 		}
 	}()
 	if o.name != "" {
-		newRunner := epoch.NewRunner
-		if c.Board != vm.Bare {
-			newRunner = imageRunner
-		}
-		if o.runner, err = newRunner(m, o.script, o.seed, o.pace); err != nil {
+		if o.runner, err = epoch.NewRunner(m, o.script, o.seed, o.pace); err != nil {
 			return nil, err
 		}
 	}

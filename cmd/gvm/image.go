@@ -8,7 +8,6 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
@@ -17,7 +16,6 @@ import (
 	"github.com/secondmmu/gvm/addr"
 	"github.com/secondmmu/gvm/boot"
 	"github.com/secondmmu/gvm/guests"
-	"github.com/secondmmu/gvm/hostops"
 	"github.com/secondmmu/gvm/vm"
 )
 
@@ -114,46 +112,6 @@ func readImage(name string) ([]byte, error) {
 		return nil, &fs.PathError{Op: "read", Path: name, Err: errors.New("it is not a regular file")}
 	}
 	return os.ReadFile(name)
-}
-
-// imageRunner makes the runner of operations on a PC's RAM, whose page n is at n pages from the start
-// of RAM. Pages in the hole below 1 MiB are changed too, and nobody sees it.
-func imageRunner(m *vm.Machine, script *hostops.Script, seed uint64, pace time.Duration) (*hostops.Runner, error) {
-	target := hostops.Target{
-		Memory: m.Memory(), RAM: m.RAM(), Spare: m.Spare(),
-		HVA: func(page uint64) (addr.HVA, bool) {
-			gpa, ok := m.RAMAddr(page << addr.PageShift)
-			if !ok {
-				return m.RAM().Range.Start + addr.HVA(page<<addr.PageShift), page < m.RAM().Range.NPages()
-			}
-			return m.Slots().HVA(gpa)
-		},
-		Store64: func(page, offset, value uint64) error {
-			if gpa, ok := m.RAMAddr(page<<addr.PageShift + offset); ok {
-				return m.Store64(gpa, value)
-			}
-			return nil
-		},
-		Write: func(page, offset uint64, p []byte) error {
-			if gpa, ok := m.RAMAddr(page<<addr.PageShift + offset); ok {
-				return m.WriteGuest(gpa, p)
-			}
-			return nil
-		},
-	}
-	c := hostops.Config{Target: target, Script: script, Seed: seed, Pace: pace}
-	if script == nil {
-		random := hostops.RandomConfig{Seed: seed, Pages: m.RAM().Range.NPages(), Backing: m.RAM().Backing, Missing: 3}
-		if m.Spare() != nil {
-			random.Spare = m.Spare().Range.NPages()
-		}
-		c.Random = hostops.NewRandom(random)
-	}
-	r, err := hostops.NewRunner(c)
-	if _, ok := errors.AsType[*hostops.SyntaxError](err); ok {
-		err = fmt.Errorf("%w: %w", vm.ErrConfig, err)
-	}
-	return r, err
 }
 
 // terminal is a guest's serial port on a terminal: what is typed goes to the guest as it is, but for
