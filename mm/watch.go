@@ -196,6 +196,10 @@ func (m *Memory) span() (all addr.HVARange) {
 // returns s with what came of it. becomes returns what is mapped now; nil: what was. The
 // caller holds the mapping lock for writing.
 func (m *Memory) made(s Stray, brackets []notifier.Invalidation, becomes func(*Change) []Extent) Stray {
+	began := uint64(0) // what is made of the range later is not a part of this
+	if m.traced != nil {
+		began = now()
+	}
 	m.brackets = append(m.brackets[:0], brackets...)
 	req := request{op: s.Op, r: s.Range, to: s.To, stray: true}
 	err := m.carryOut(req, func() error {
@@ -213,7 +217,7 @@ func (m *Memory) made(s Stray, brackets []notifier.Invalidation, becomes func(*C
 	}
 	s.Err = errors.Join(s.Err, err)
 	if m.traced != nil && s.Evidence == Event {
-		m.traced.followed(s)
+		m.traced.followed(s, began)
 	}
 	return s
 }

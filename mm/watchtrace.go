@@ -417,11 +417,11 @@ func (w *TraceWatch) call(req request, do func() error) error {
 	return err
 }
 
-// followed remembers a change that an EventWatch has followed just now. A zap of the range
-// that came before tells nothing more, unless the content was kept.
-func (w *TraceWatch) followed(s Stray) {
+// followed remembers a change that an EventWatch has followed just now, and began to at a
+// time. A zap of the range that came before that tells nothing more, unless the content was kept.
+func (w *TraceWatch) followed(s Stray, began uint64) {
 	if s.Content != notifier.Kept {
-		w.calls.add(call{0, now(), []addr.HVARange{s.Range}, w.m.doing.id})
+		w.calls.add(call{0, began, []addr.HVARange{s.Range}, w.m.doing.id})
 	}
 }
 
