@@ -140,7 +140,7 @@ func (c *Config) plan(n int) (*Round, epoch.Config, error) {
 		machine.Watch = []vm.Watch{0, vm.WatchEvents, vm.WatchTrace, vm.WatchEvents | vm.WatchTrace}[pick(4)]
 	}
 	config := epoch.Config{
-		Guest: guests.Guest{}, Args: guests.Args{},
+		Args:   guests.Args{},
 		Epochs: epochs, Interval: time.Duration(1+pick(200)) * time.Millisecond, Rest: r.Pages * uint64(pick(2)), Random: true, Pages: r.Pages, Seed: rng.Uint64(), Verify: true,
 		Alias: pick(2) == 0, Defect: c.Defect,
 	}

@@ -7,8 +7,6 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/secondmmu/gvm/addr"
 	"github.com/secondmmu/gvm/internal/perf"
 	"github.com/secondmmu/gvm/internal/tracefs"
@@ -21,7 +19,7 @@ import (
 // audit's own: no watch has it.
 type zaps struct {
 	recorder   *perf.Recorder // nil: none
-	zero       time.Duration  // of the log, by CLOCK_MONOTONIC
+	clock      perf.Clock     // of the log
 	start, end tracefs.Field
 	of         []addr.HVARange
 	waiting    []zap
@@ -60,9 +58,7 @@ func (z *zaps) open(m *vm.Machine, log *trace.Log) error {
 			filter = append(filter, fmt.Sprintf("(start < %#x && end > %#x)", uint64(r.Range.End), uint64(r.Range.Start)))
 		}
 	}
-	if z.zero, err = zeroOf(log.Start()); err != nil {
-		return err
-	}
+	z.clock = perf.NewClock(log.Start())
 	z.recorder, err = perf.NewRecorder(perf.RecorderConfig{
 		Tracepoints: []perf.Tracepoint{{ID: tp.ID, Filter: strings.Join(filter, " || ")}}, Pages: 64, Wakeup: 1 << 20,
 	})
@@ -87,7 +83,7 @@ func (z *zaps) read() error {
 		if rec.Lost > 0 || !ok || !ok2 {
 			return
 		}
-		z.waiting = append(z.waiting, zap{time.Duration(rec.Time) - z.zero, addr.HVARange{Start: addr.HVA(start), End: addr.HVA(end)}})
+		z.waiting = append(z.waiting, zap{z.clock.Since(rec.Time), addr.HVARange{Start: addr.HVA(start), End: addr.HVA(end)}})
 	})
 }
 
@@ -150,23 +146,6 @@ func (a *auditor) mapped(m *vm.Machine, r addr.HVARange) bool {
 		}
 	}
 	return false
-}
-
-// zeroOf returns what CLOCK_MONOTONIC said at start. Of several looks at both clocks it goes
-// by the one that took the shortest time.
-func zeroOf(start time.Time) (zero time.Duration, err error) {
-	best := time.Hour
-	for range 32 {
-		var ts unix.Timespec
-		before := time.Since(start)
-		if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {
-			return 0, err
-		}
-		if took := time.Since(start) - before; took < best {
-			best, zero = took, time.Duration(ts.Nano())-before
-		}
-	}
-	return zero, nil
 }
 
 // lacks reports whether err is that the machine has no means to watch.

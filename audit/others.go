@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"time"
 
@@ -69,7 +70,6 @@ func (w *writer) Restore(context.Context) error { return nil }
 // operation is one of the machine's own, as the trace has it: in ranges, each as large as
 // KVM may drop for it.
 type operation struct {
-	name       string
 	begin, end time.Duration
 	ranges     []addr.HVARange
 }
@@ -84,7 +84,7 @@ func (a *auditor) operations() {
 		switch op := a.ops[e.Op]; {
 		case e.Op == 0:
 		case e.Kind == trace.HostOp && !isStray(e.Name):
-			a.ops[e.Op] = &operation{name: e.Name, begin: e.Time, ranges: []addr.HVARange{e.HVA}}
+			a.ops[e.Op] = &operation{begin: e.Time, ranges: []addr.HVARange{e.HVA}}
 		case op == nil:
 		case e.Kind == trace.InvalidateStart:
 			op.ranges = append(op.ranges, e.HVA)
@@ -95,9 +95,7 @@ func (a *auditor) operations() {
 }
 
 // isStray reports whether an operation of the trace is a change by others.
-func isStray(name string) bool {
-	return len(name) >= len(mm.OpStray) && name[:len(mm.OpStray)] == string(mm.OpStray)
-}
+func isStray(name string) bool { return strings.HasPrefix(name, string(mm.OpStray)) }
 
 // strays compares what others did with what was reported of it. On pages that only they
 // change, each change that the kernel tells of was followed once, neither more nor less often.

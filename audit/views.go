@@ -53,7 +53,6 @@ type auditor struct {
 	log      *trace.Log
 	rng      *rand.Rand
 	seed     uint64
-	random   bool // there are random operations
 	pressure bool
 	watch    vm.Watch
 	epoch    int
@@ -71,7 +70,7 @@ type auditor struct {
 // newAuditor returns the auditor of a round, and has it called.
 func newAuditor(round *Round, config *epoch.Config, pressure bool) *auditor {
 	a := &auditor{
-		round: round, log: config.Machine.Log, rng: rand.New(rand.NewPCG(config.Seed, 7)), seed: config.Seed, random: config.Random,
+		round: round, log: config.Machine.Log, rng: rand.New(rand.NewPCG(config.Seed, 7)), seed: config.Seed,
 		pressure: pressure, watch: config.Machine.Watch, ops: map[uint64]*operation{}, strayKinds: map[hostops.Kind]uint64{},
 	}
 	config.Paused, config.Quiet, config.Others = a.paused, a.quiet, a.begin

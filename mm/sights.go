@@ -49,32 +49,14 @@ func nestedPaging() bool {
 	return false
 }
 
-// logClock converts the time that tracepoints have to that of a log.
-type logClock struct{ zero int64 } // nanoseconds of CLOCK_MONOTONIC when the log was made
-
-// newLogClock returns that of a log that was made at start. Go counts time by CLOCK_MONOTONIC,
-// from a zero of its own, so the difference of the two never changes. It is between what a look
-// at the one clock before and another after one at the other say, and so between the closest of
-// several.
-func newLogClock(start time.Time) logClock {
-	least, most := int64(-1<<63), int64(1<<63-1)
-	for range 16 {
-		before := time.Since(start)
-		ns := int64(now())
-		after := time.Since(start)
-		least, most = max(least, ns-int64(after)), min(most, ns-int64(before))
-	}
-	return logClock{least + (most-least)/2}
-}
-
-// at returns trace.Event.At of what happened at a time. What was before the log was made is as
-// of its first nanosecond.
-func (c logClock) at(ns uint64) time.Duration { return max(time.Duration(int64(ns)-c.zero), 1) }
+// momentOf returns trace.Event.At of a record. What was before the log was made is as of its
+// first nanosecond.
+func momentOf(c perf.Clock, ns uint64) time.Duration { return max(c.Since(ns), 1) }
 
 // sights records in the log what is seen. A nil *sights sees nothing.
 type sights struct {
 	log      *trace.Log
-	clock    logClock // its
+	clock    perf.Clock // its
 	recorder *perf.Recorder
 	points   map[uint64]sight // by ID
 
@@ -94,7 +76,7 @@ type sight struct {
 const sightsInterval = 10 * time.Millisecond
 
 // openSights begins to record those of the tracepoints that there are; nil if there are none.
-func openSights(log *trace.Log, clock logClock, tfs *tracefs.FS, rs []addr.HVARange, sources []sightSource) (*sights, error) {
+func openSights(log *trace.Log, clock perf.Clock, tfs *tracefs.FS, rs []addr.HVARange, sources []sightSource) (*sights, error) {
 	s := &sights{log: log, clock: clock, points: map[uint64]sight{}}
 	config := perf.RecorderConfig{Pages: ringPages, Wakeup: ringPages * addr.PageSize / 64 / 4} // a quarter of a ring
 	for _, source := range sources {
@@ -167,7 +149,7 @@ func (s *sights) read() {
 			return
 		}
 		if e, ok := s.points[rec.ID].event(&rec); ok {
-			e.At = s.clock.at(rec.Time)
+			e.At = momentOf(s.clock, rec.Time)
 			s.log.Record(e)
 		}
 	})

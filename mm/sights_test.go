@@ -197,20 +197,20 @@ func TestLostSights(t *testing.T) {
 
 // TestLogClock compares the log's time with the clock that the kernel tells times by.
 func TestLogClock(t *testing.T) {
-	old := now()
+	old := perf.Now()
 	time.Sleep(time.Millisecond)
 	start := time.Now()
-	c := newLogClock(start)
+	c := perf.NewClock(start)
 	const closeBy = 20 * time.Microsecond // a look at a clock takes less than one, if it is not interrupted
 	if !gvmtest.Eventually(func() bool {
 		before := time.Since(start)
-		at := c.at(now())
+		at := momentOf(c, perf.Now())
 		after := time.Since(start)
 		return before-closeBy <= at && at <= after+closeBy && after-before < 10*closeBy
 	}) {
 		t.Errorf("the two clocks differ by more than %v", closeBy)
 	}
-	if at := c.at(old); at != 1 {
+	if at := momentOf(c, old); at != 1 {
 		t.Errorf("what was before the log was made was at %v, want 1 ns", at)
 	}
 }
@@ -282,7 +282,7 @@ func TestZapOfEventInTheLog(t *testing.T) {
 	w.log = trace.NewLog(1000)
 	tw := w.trace(t, adviceCalls)
 	w.as.Lock()
-	z := zap{now(), part(w.ram, 5, 1)}
+	z := zap{perf.Now(), part(w.ram, 5, 1)}
 	id := w.log.NewOp()
 	w.followed = id
 	w.made(Stray{Change: Change{Op: OpStrayRemove, Range: z.r}, Evidence: Event}, nil, nil)

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/secondmmu/gvm/addr"
+	"github.com/secondmmu/gvm/internal/perf"
 	"github.com/secondmmu/gvm/notifier"
 )
 
@@ -198,7 +199,7 @@ func (m *Memory) span() (all addr.HVARange) {
 func (m *Memory) made(s Stray, brackets []notifier.Invalidation, becomes func(*Change) []Extent) Stray {
 	began := uint64(0) // what is made of the range later is not a part of this
 	if m.traced != nil {
-		began = now()
+		began = perf.Now()
 	}
 	m.brackets = append(m.brackets[:0], brackets...)
 	req := request{op: s.Op, r: s.Range, to: s.To, stray: true}

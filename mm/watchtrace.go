@@ -69,7 +69,7 @@ type TraceWatch struct {
 	start    tracefs.Field
 	end      tracefs.Field // where the range ends, or its length
 	sights   *sights       // what is recorded in the log besides; nil: nothing
-	clock    logClock      // of the log, if there is one
+	clock    perf.Clock    // of the log, if there is one
 	config   TraceConfig
 
 	reports strays
@@ -177,7 +177,7 @@ func (w *TraceWatch) open(others []sightSource) error {
 	if err != nil || m.log == nil {
 		return err
 	}
-	w.clock = newLogClock(m.log.Start())
+	w.clock = perf.NewClock(m.log.Start())
 	if w.sights, err = openSights(m.log, w.clock, fs, rs, others); err != nil {
 		return errors.Join(err, w.recorder.Close())
 	}
@@ -315,7 +315,7 @@ func (w *TraceWatch) told(op uint64, zaps ...zap) {
 		return
 	}
 	for _, z := range zaps {
-		w.m.log.Record(trace.Event{Kind: trace.Kernel, Op: op, Name: w.source.name, HVA: z.r, At: w.clock.at(z.time)})
+		w.m.log.Record(trace.Event{Kind: trace.Kernel, Op: op, Name: w.source.name, HVA: z.r, At: momentOf(w.clock, z.time)})
 	}
 }
 
@@ -403,7 +403,7 @@ func (m *Memory) mappedSome(r addr.HVARange) bool {
 // call makes the system calls of an operation, and remembers when. The caller holds the
 // mapping lock for writing.
 func (w *TraceWatch) call(req request, do func() error) error {
-	begin := now()
+	begin := perf.Now()
 	err := do()
 	rs := []addr.HVARange{req.r, addr.HVAs(req.to, req.r.Bytes())}
 	for i := range w.m.brackets {
@@ -413,7 +413,7 @@ func (w *TraceWatch) call(req request, do func() error) error {
 		rs[i].Start &^= addr.HugeSize - 1
 		rs[i].End = (rs[i].End + addr.HugeSize - 1) &^ (addr.HugeSize - 1)
 	}
-	w.calls.add(call{begin, now(), rs, req.id})
+	w.calls.add(call{begin, perf.Now(), rs, req.id})
 	return err
 }
 
@@ -423,15 +423,6 @@ func (w *TraceWatch) followed(s Stray, began uint64) {
 	if s.Content != notifier.Kept {
 		w.calls.add(call{0, began, []addr.HVARange{s.Range}, w.m.doing.id})
 	}
-}
-
-// now is the time as the tracepoint has it.
-func now() uint64 {
-	var ts unix.Timespec
-	if unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts) != nil {
-		return 0 // nothing is explained then; it does not fail for this clock
-	}
-	return uint64(ts.Nano())
 }
 
 // calls is what was changed lately, and is known by better evidence.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/secondmmu/gvm/addr"
 	"github.com/secondmmu/gvm/internal/gvmtest"
+	"github.com/secondmmu/gvm/internal/perf"
 	"github.com/secondmmu/gvm/notifier"
 )
 
@@ -74,7 +75,7 @@ func TestStrayAdviceIsTraced(t *testing.T) {
 func TestTracedByWhatEventsSay(t *testing.T) {
 	w := newWatched(t, Anonymous, EventConfig{})
 	tw := w.trace(t, adviceCalls)
-	before := now()
+	before := perf.Now()
 	if err := rawAdvise(part(w.ram, 5, 1), unix.MADV_DONTNEED); err != nil {
 		t.Fatal(err)
 	}
@@ -92,7 +93,7 @@ func TestTracedByWhatEventsSay(t *testing.T) {
 	}{
 		{zap{before, part(w.ram, 5, 1)}, true},
 		{zap{before, part(w.ram, 5, 2)}, false},
-		{zap{now(), part(w.ram, 5, 1)}, false},
+		{zap{perf.Now(), part(w.ram, 5, 1)}, false},
 	} {
 		if _, got := tw.calls.explain(tt.zap); got != tt.want {
 			t.Errorf("the event explains %+v: %t, want %t", tt.zap, got, tt.want)
