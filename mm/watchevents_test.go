@@ -313,9 +313,10 @@ func (tt strayCall) run(t *testing.T, backing Backing) {
 }
 
 // TestFollow has what was changed before it followed and reported when it returns, whoever
-// does it, and waits for nothing where there is no watch.
+// does it, and waits for nothing where there is no watch. Messages are read without a bracket,
+// which would have the change followed before its thread goes on.
 func TestFollow(t *testing.T) {
-	w := newWatched(t, Anonymous, EventConfig{})
+	w := newWatched(t, Anonymous, EventConfig{patience: 1})
 	for i := range uint64(200) {
 		r := part(w.ram, i%shown, 1)
 		if err := rawAdvise(r, unix.MADV_DONTNEED); err != nil {
